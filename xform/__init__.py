@@ -1,0 +1,1 @@
+"""xform: a compiler and graph-rewriting framework for trained neural networks."""

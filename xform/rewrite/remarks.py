@@ -1,0 +1,77 @@
+"""Remarks: what a pass did, nearly did, or had undone, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["applied", "missed", "rolled_back"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size of a graph or of a matched region.
+
+    Attributes:
+        nodes: Number of operator nodes.
+        parameters: Number of weight elements.
+        flops: Floating-point operations of one run, a multiply-add as two; None where shapes are unknown.
+    """
+
+    nodes: int
+    parameters: int = 0
+    flops: int | None = None
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One decision of one rule.
+
+    Attributes:
+        pass_name: The pass.
+        rule: The rule inside the pass.
+        verdict: "applied", "missed" (nearly: the reason says what was lacking) or "rolled_back".
+        nodes: Original names of the nodes concerned.
+        reason: For missed and rolled_back: the failed condition. For applied: what was done, may be empty.
+        concept: What users ask about ("attention", "layer_norm", "batch_norm", ...), for `explain`.
+    """
+
+    pass_name: str
+    rule: str
+    verdict: Verdict
+    nodes: tuple[str, ...] = ()
+    reason: str = ""
+    concept: str = ""
+    cost_before: Cost | None = None
+    cost_after: Cost | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        data = asdict(self)
+        data["nodes"] = list(self.nodes)
+        return data
+
+
+@dataclass
+class RemarkLog:
+    """An append-only list of remarks with queries."""
+
+    remarks: list[Remark] = field(default_factory=list)
+
+    def add(self, remark: Remark) -> None:
+        self.remarks.append(remark)
+
+    def __iter__(self) -> Iterator[Remark]:
+        return iter(self.remarks)
+
+    def __len__(self) -> int:
+        return len(self.remarks)
+
+    def count(self, verdict: Verdict, concept: str | None = None) -> int:
+        """How many remarks have this verdict (and this concept)."""
+        return sum(r.verdict == verdict and (concept is None or r.concept == concept) for r in self.remarks)
+
+    def about(self, concept: str) -> list[Remark]:
+        """Remarks whose concept, pass or rule contains `concept`."""
+        return [r for r in self.remarks if concept in (r.concept, r.pass_name, r.rule) or concept in r.rule]

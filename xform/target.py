@@ -1,0 +1,39 @@
+"""What the result will run on. Passes read a `Target`, never a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xform.errors import UsageError
+
+KINDS = ("cpu", "cuda", "edge")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Description of the machine that the optimized model is for.
+
+    Attributes:
+        kind: "cpu", "cuda" or "edge".
+        arch: Instruction set for edge targets ("x86_64", "aarch64", ...); None means this machine's.
+        threads: Number of intra-op threads; None means one per physical core.
+    """
+
+    kind: str = "cpu"
+    arch: str | None = None
+    threads: int | None = None
+
+    @staticmethod
+    def parse(text: str | Target) -> Target:
+        """`"cpu"`, `"cuda"`, `"edge:aarch64"` to a Target. Raises UsageError on anything else."""
+        if isinstance(text, Target):
+            return text
+        kind, _, arch = text.partition(":")
+        if kind not in KINDS:
+            raise UsageError(f"unknown target {text!r}", hint=f"use one of {', '.join(KINDS)}, or edge:<arch>")
+        if arch and kind != "edge":
+            raise UsageError(f"target {kind!r} takes no architecture, got {text!r}", hint="use edge:<arch>")
+        return Target(kind, arch or None)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.arch}" if self.arch else self.kind
