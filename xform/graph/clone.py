@@ -1,0 +1,19 @@
+"""Copying a model: new graphs, nodes and values, the same tensors."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+SOURCE_OPSET = "xform.source_opset"  # key in model.meta: the default-domain opset that the user's model had
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """A copy of `model` that shares its tensors; `meta` of the model is kept, which `ir.Model.clone` drops."""
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    return copy
+
+
+def source_opset(model: ir.Model) -> int:
+    """The default-domain opset that the user's model had, or the model's own where that is unknown."""
+    return int(model.meta.get(SOURCE_OPSET, model.opset_imports.get("", 0)))

@@ -1,0 +1,85 @@
+"""Building new nodes during a rewrite, each with types, shapes, provenance and a name that nothing else has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.graph.shapes import infer_node
+from xform.graph.values import ORIGIN, Array
+
+Input = ir.Value | Array | float | int | bool | Sequence[int] | None
+
+PASS = "xform.pass"
+RULE = "xform.rule"
+
+
+class Builder:
+    """Collects the nodes and initializers of one rewrite; the rewriter inserts them.
+
+    Args:
+        opsets: Opset imports of the graph; a new domain is added at version 1.
+        unique: Gives an unused name from a base name.
+        origin: Names of the source nodes, recorded on every new node.
+    """
+
+    def __init__(
+        self, opsets: dict[str, int], unique: Callable[[str], str], origin: str, pass_name: str, rule: str
+    ) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+        self._opsets = opsets
+        self._unique = unique
+        self._metadata = {ORIGIN: origin, PASS: pass_name, RULE: rule}
+
+    def op(self, op_type: str, *inputs: Input, domain: str = "", **attributes: Any) -> ir.Value:
+        """A new node with one output; returns the output. See `ops`."""
+        return self.ops(op_type, inputs, 1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, inputs: Sequence[Input], outputs: int, *, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """A new node with several outputs; returns them.
+
+        Args:
+            inputs: Values; arrays become initializers; numbers become rank-0 initializers of the first value's
+                dtype; sequences of ints become int64 initializers; None omits an optional input.
+            attributes: Python values; None leaves the attribute out.
+        """
+        like = next((i.dtype for i in inputs if isinstance(i, ir.Value)), None)
+        values = [self._input(i, like) for i in inputs]
+        while values and values[-1] is None:
+            values.pop()
+        attrs = ir.convenience.convert_attributes({k: v for k, v in attributes.items() if v is not None})
+        node = ir.Node(domain, op_type, values, attrs, num_outputs=outputs, name=self._unique(f"xform_{op_type}"))
+        for output in node.outputs:
+            output.name = self._unique(f"{node.name}_out")
+        node.metadata_props.update(self._metadata)
+        self._opsets.setdefault(domain, 1)
+        infer_node(node, self._opsets[domain])
+        self.nodes.append(node)
+        return node.outputs
+
+    def constant(self, array: Array | ir.TensorProtocol, name: str = "constant") -> ir.Value:
+        """A new initializer. `name` is a base; a suffix is added where it is taken."""
+        tensor = ir.tensor(array) if isinstance(array, np.ndarray | np.generic) else array
+        unique = self._unique(name)
+        if isinstance(tensor, ir.Tensor):
+            tensor.name = unique
+        value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        self.initializers.append(value)
+        return value
+
+    def _input(self, given: Input, like: ir.DataType | None) -> ir.Value | None:
+        if given is None or isinstance(given, ir.Value):
+            return given
+        if isinstance(given, np.ndarray | np.generic):
+            return self.constant(np.asarray(given))
+        if isinstance(given, bool | int | float):
+            if like is None:
+                raise TypeError("a bare number needs another input to take its dtype from")
+            return self.constant(np.asarray(given, dtype=like.numpy()))
+        return self.constant(np.asarray(given, dtype=np.int64))
