@@ -69,7 +69,9 @@ class Builder:
         unique = self._unique(name)
         if isinstance(tensor, ir.Tensor):
             tensor.name = unique
-        value = ir.Value(name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(
+            name=unique, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         self.initializers.append(value)
         return value
 

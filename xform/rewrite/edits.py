@@ -61,7 +61,7 @@ def commit(
     builder: Builder,
     unique: Callable[[str], str],
 ) -> Edit:
-    """Insert what `builder` holds before the first root's node, move the readers of `roots` to `values`, remove the dead.
+    """Insert what `builder` holds before the first root's node, move the readers of `roots`, remove what died.
 
     A root that is a graph output hands its name on; where the new value cannot carry it (it is an input, an
     initializer or an output itself), an Identity does.
@@ -145,11 +145,14 @@ def _merged(old: ir.Shape | None, new: ir.Shape | None) -> ir.Shape | None:
     """The better known of two shapes of one value, dim by dim; names that the user gave are kept."""
     if old is None or new is None or len(old) != len(new):
         return new if new is not None else old
-    dims = []
+    dims: list[int | ir.SymbolicDim] = []
     for a, b in zip(old.dims, new.dims, strict=True):
-        known = [d for d in (b, a) if isinstance(d, int)] or [d for d in (a, b) if d.value is not None] or [a]
-        dims.append(known[0])
+        dims.append(next((d for d in (b, a) if isinstance(d, int)), b if _unnamed(a) else a))
     return ir.Shape(dims)
+
+
+def _unnamed(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is None
 
 
 def _remove_dead(start: list[ir.Node]) -> list[Removal]:

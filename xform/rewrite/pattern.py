@@ -188,7 +188,7 @@ class Or(Pattern):
         flat: list[Pattern] = []
         for a in alternatives:
             flat.extend(a.alternatives if isinstance(a, Or) and a.name is None else (a,))
-        self.alternatives = tuple(flat)
+        self.alternatives: tuple[Pattern, ...] = tuple(flat)
         self.name = name
 
     def roots(self) -> frozenset[Key] | None:

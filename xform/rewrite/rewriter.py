@@ -189,7 +189,7 @@ class _Table:
 
 
 def _touched(edit: Edit, node: ir.Node, reach: int) -> list[ir.Node]:
-    """Nodes whose match may have changed: new ones, their readers up to `reach` levels, producers that lost a reader."""
+    """Nodes whose match may have changed: new ones, readers up to `reach` levels, producers that lost a reader."""
     seen: dict[ir.Node, None] = {node: None}
     frontier: list[ir.Value] = [*(o for n in edit.added for o in n.outputs), *(r.new for r in edit.replacements)]
     seen.update(dict.fromkeys(edit.added))
@@ -201,10 +201,10 @@ def _touched(edit: Edit, node: ir.Node, reach: int) -> list[ir.Node]:
             break
     for removal in edit.removals:
         for value in removal.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is not None:
-                seen[producer] = None
+            if value is not None:
                 seen.update((n, None) for n, _ in value.uses())
+                if (producer := value.producer()) is not None:
+                    seen[producer] = None
     return list(seen)
 
 
