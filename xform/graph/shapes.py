@@ -3,213 +3,142 @@
 `infer_shapes` trusts what inference derives from the inputs over what the model wrote down (`value_info`), because
 exporters are known to write down wrong shapes; what is written counts only where nothing can be derived (operators that
 ONNX has no schema for, shapes computed from data). The data of large initializers is never copied or loaded.
+
+ONNX's own inference runs once over the whole graph. Then one sweep in graph order computes what that could not:
+products and quotients of symbolic dims (`xform.graph.shape_data`), and everything downstream of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 
 import onnx
 import onnx_ir as ir
 
-from xform.graph.values import ONNX_DOMAINS, is_constant
+from xform.graph.dims import Expr
+from xform.graph.shape_data import ShapeData
+from xform.graph.shape_proto import node_proto, skeleton
+from xform.graph.values import ONNX_DOMAINS, shape_of
 
-# Constants with more elements than this cannot be a shape, axes, pads or repeats, so inference never needs their data.
-DATA_LIMIT = 256
+Dim = int | ir.SymbolicDim
+
 GENERATED = "unk__"  # how ONNX's inference names a dim it cannot compute; each name is a fresh symbol
+_REJECTED = (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError, IndexError)
 
 
 def infer_shapes(model: ir.Model) -> None:
     """Fill in type and shape of every value of `model`, in place.
 
     Written shapes that contradict the derived ones are dropped. Names of symbolic dims are kept. Graph inputs are taken
-    as they are; graph outputs keep their declared dims, and unnamed dims of theirs become static where they are.
+    as they are. Graph outputs keep their declared names of dims; an undeclared one takes a number or an input's name.
     """
-    written = _written(model)
-    seeds = [v for v in written if _underivable(v)]
-    proto = _skeleton(model, seeds)
-    inferred = _infer(proto)
-    _merge_model(model, inferred)
+    seeds = _forget_generated(model)
+    inferred = _infer(skeleton(model, seeds))
+    changed: set[ir.Value] = set()
+    _merge_graph(model.graph, inferred.graph, changed)
+    data = ShapeData()
+    for value in model.graph.inputs:
+        data.dims(value)  # so that the user's spelling of a dim comes first
+    _sweep(model.graph, model.opset_imports.get("", 1), data, changed)
 
 
 def infer_node(node: ir.Node, opset: int) -> None:
     """Fill in type and shape of the outputs of one node from its inputs.
 
     Args:
-        opset: Version of the default domain. Nodes of other domains than ONNX's are left as they are.
+        opset: Version of the default domain. Nodes of other domains than ONNX's, nodes with subgraphs, and nodes whose
+            inputs are not typed are left as they are.
     """
-    if node.domain not in ONNX_DOMAINS or any(_is_graph(a) for a in node.attributes.values()):
+    if node.domain not in ONNX_DOMAINS or _quick(node):
         return
-    if not onnx.defs.has(node.op_type, max_inclusive_version=opset):
+    schema = _schema(node.op_type, opset)
+    if schema is None or any(True for _ in _subgraphs(node)):
         return
-    schema = onnx.defs.get_schema(node.op_type, opset)
-    proto, types, data = _node_proto(node)
+    proto, types, constants = node_proto(node)
+    opsets = [onnx.helper.make_opsetid("", opset)]
     try:
-        outputs = onnx.shape_inference.infer_node_outputs(
-            schema, proto, types, data, opset_imports=[onnx.helper.make_opsetid("", opset)]
-        )
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return  # not derivable from what is known (or an invalid node, which the checker reports)
+        outputs = onnx.shape_inference.infer_node_outputs(schema, proto, types, constants, opset_imports=opsets)
+    except _REJECTED:
+        return  # not derivable from what is known, or an invalid node, which the checker reports
     for index, value in enumerate(node.outputs):
         if (found := outputs.get(f"o{index}")) is not None:
             _merge_value(value, found)
+    data = ShapeData()
+    if (found_dims := data.output_dims(node)) is not None:
+        _improve(node.outputs[0], found_dims, data)
 
 
-def _is_graph(attr: ir.Attr) -> bool:
-    return attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-
-
-# Building the proto that ONNX's inference sees
-
-
-def _written(model: ir.Model) -> list[ir.Value]:
-    """Values made by nodes that carry a type or shape."""
-    return [
-        value
-        for node in ir.traversal.RecursiveGraphIterator(model.graph)
-        for value in node.outputs
-        if value.type is not None or value.shape is not None
-    ]
-
-
-def _underivable(value: ir.Value) -> bool:
-    """Whether ONNX has no schema for the operator that makes `value`."""
-    node = value.producer()
-    return node is not None and not onnx.defs.has(node.op_type, node.domain if node.domain not in ONNX_DOMAINS else "")
-
-
-def _skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
-    """The model without large data: initializers become inputs, small constant ones keep their data."""
-    proto = onnx.ModelProto()
-    proto.ir_version = max(model.ir_version, 10)
-    for domain, version in model.opset_imports.items():
-        proto.opset_import.add(domain=domain, version=version)
-    for function in model.functions.values():
-        proto.functions.append(ir.serde.serialize_function(function))
-    graph = proto.graph
-    graph.name = model.graph.name or "main"
-    _add_inputs(graph, model.graph)
-    for value in model.graph.outputs:
-        graph.output.append(_value_info(value))
-    listed = {value.name for value in model.graph.outputs}
-    for value in seeds:
-        if value.name and value.name not in listed and value.type is not None:
-            graph.value_info.append(_value_info(value))
-    for node in model.graph:
-        graph.node.append(_node(node))
-    return proto
-
-
-def _add_inputs(proto: onnx.GraphProto, graph: ir.Graph) -> None:
-    for value in graph.inputs:
-        proto.input.append(_value_info(value))
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None or value.is_graph_input():
-            continue
-        if tensor.size <= DATA_LIMIT and tensor.dtype != ir.DataType.STRING:
-            proto.initializer.append(_named_tensor(tensor, value.name or ""))
-        else:
-            proto.input.append(
-                onnx.helper.make_tensor_value_info(value.name or "", tensor.dtype.value, list(tensor.shape.numpy()))
-            )
-
-
-def _named_tensor(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
-    proto = onnx.TensorProto(name=name, data_type=tensor.dtype.value, raw_data=tensor.tobytes())
-    proto.dims.extend(tensor.shape.numpy())
-    return proto
-
-
-def _node(node: ir.Node) -> onnx.NodeProto:
-    """The node; value_info inside its subgraphs is dropped, because a wrong one there stops inference."""
-    proto = ir.serde.serialize_node(node)
-    del proto.metadata_props[:]
-    stack = [proto]
-    while stack:
-        for attr in stack.pop().attribute:
-            for graph in (*attr.graphs, *((attr.g,) if attr.HasField("g") else ())):
-                del graph.value_info[:]
-                stack.extend(graph.node)
-    return proto
-
-
-def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
-    proto = onnx.ValueInfoProto(name=value.name or "")
-    if (kind := _type_proto(value)) is not None:
-        proto.type.CopyFrom(kind)
-    return proto
-
-
-def _type_proto(value: ir.Value) -> onnx.TypeProto | None:
-    if value.type is None:
+@lru_cache(maxsize=1024)
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
         return None
-    proto = onnx.TypeProto()
-    ir.serde.serialize_type_into(proto, value.type)
-    if value.shape is not None:
-        ir.serde.serialize_shape_into(proto, value.shape)
-    return proto
 
 
-def _node_proto(node: ir.Node) -> tuple[onnx.NodeProto, dict[str, onnx.TypeProto], dict[str, onnx.TensorProto]]:
-    """The node with values renamed by position, what is known of its inputs, and the data of small constants."""
-    proto = onnx.NodeProto(op_type=node.op_type)
-    types: dict[str, onnx.TypeProto] = {}
-    data: dict[str, onnx.TensorProto] = {}
-    for index, value in enumerate(node.inputs):
-        name = f"i{index}" if value is not None else ""
-        proto.input.append(name)
-        if value is None:
-            continue
-        types[name] = _type_proto(value) or onnx.TypeProto()
-        tensor = value.const_value if is_constant(value) else None
-        if tensor is not None and tensor.size <= DATA_LIMIT and tensor.dtype != ir.DataType.STRING:
-            data[name] = _named_tensor(tensor, name)
-    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
-    for attr in node.attributes.values():
-        if attr.is_ref():
-            continue
-        proto.attribute.append(ir.serde.serialize_attribute(attr))
-    return proto, types, data
+@lru_cache(maxsize=4096)
+def _has_schema(op_type: str, domain: str) -> bool:
+    return bool(onnx.defs.has(op_type, "" if domain in ONNX_DOMAINS else domain))
 
 
-# Inference and merging
+# The whole graph at once
+
+
+def _forget_generated(model: ir.Model) -> list[ir.Value]:
+    """Drop generated dim names of earlier inference (a new run reuses them); give what ONNX cannot derive."""
+    seeds = []
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        underivable = not _has_schema(node.op_type, node.domain) and node.op_identifier() not in model.functions
+        for value in node.outputs:
+            shape = value.shape
+            if shape is not None and any(_generated(d) for d in shape.dims):
+                value.shape = ir.Shape([None if _generated(d) else d for d in shape.dims])
+            if underivable and value.type is not None:
+                seeds.append(value)
+    return seeds
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Run ONNX's inference; a graph that it rejects as a whole comes back as far as it was understood."""
+    """Run ONNX's inference; of a graph that it rejects, the model's own types remain."""
     try:
-        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        # A declared output that contradicts the graph stops inference; undeclared outputs cannot contradict anything.
+        return _infer_once(proto)
+    except _REJECTED:
+        # A declared output that contradicts the graph stops inference; undeclared outputs contradict nothing.
         for output in proto.graph.output:
             output.ClearField("type")
         del proto.graph.value_info[:]
         try:
-            return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            return _infer_once(proto)
+        except _REJECTED:
             return proto
 
 
-def _merge_model(model: ir.Model, proto: onnx.ModelProto) -> None:
-    _merge_graph(model.graph, proto.graph)
+def _infer_once(proto: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
 
 
-def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto, changed: set[ir.Value]) -> None:
+    """Write what was inferred into `graph`; collect values that know more than was inferred."""
     found = {info.name: info.type for info in (*proto.value_info, *proto.output)}
     for value in graph.initializers.values():
         if value.const_value is not None and not value.is_graph_input():
             value.dtype = value.const_value.dtype
-            value.shape = ir.Shape(value.const_value.shape.numpy())
-    for node, node_proto in zip(graph, proto.node, strict=True):
+            if shape_of(value) != tuple(value.const_value.shape):
+                value.shape = ir.Shape(value.const_value.shape.numpy())
+    for node, inferred in zip(graph, proto.node, strict=True):
         for value in node.outputs:
-            if value.name and value.name in found:
-                _merge_value(value, found[value.name])
+            kind = found.get(value.name or "")
+            if kind is None:
+                if value.shape is not None:
+                    changed.add(value)
+            elif _merge_value(value, kind):
+                changed.add(value)
         for name, subgraphs in _subgraphs(node):
-            attr = next(a for a in node_proto.attribute if a.name == name)
+            attr = next(a for a in inferred.attribute if a.name == name)
             protos = (attr.g,) if attr.HasField("g") else tuple(attr.graphs)
             for subgraph, subproto in zip(subgraphs, protos, strict=True):
-                _merge_graph(subgraph, subproto)
+                _merge_graph(subgraph, subproto, changed)
 
 
 def _subgraphs(node: ir.Node) -> Iterator[tuple[str, tuple[ir.Graph, ...]]]:
@@ -220,39 +149,165 @@ def _subgraphs(node: ir.Node) -> Iterator[tuple[str, tuple[ir.Graph, ...]]]:
             yield attr.name, tuple(attr.as_graphs())
 
 
-def _merge_value(value: ir.Value, found: onnx.TypeProto) -> None:
-    """Take what inference found; keep what was known where it found less."""
-    kind = ir.serde.deserialize_type_proto_for_type(found)
-    if kind is not None and not (isinstance(kind, ir.TensorType) and kind.dtype == ir.DataType.UNDEFINED):
-        value.type = kind
-    shape = ir.serde.deserialize_type_proto_for_shape(found)
-    if shape is None:
-        return
+# The sweep
+
+
+def _sweep(graph: ir.Graph, opset: int, data: ShapeData, changed: set[ir.Value]) -> None:
+    """Visit nodes in order: improve shapes that depend on shape arithmetic, then all that reads them."""
+    for node in graph:
+        if any(value in changed for value in node.inputs):
+            before = [_signature(value) for value in node.outputs]
+            infer_node(node, opset)
+            changed.update(v for v, old in zip(node.outputs, before, strict=True) if _signature(v) != old)
+        if (found := data.output_dims(node)) is not None and _improve(node.outputs[0], found, data):
+            changed.add(node.outputs[0])
+        data.visit(node)
+        for _, subgraphs in _subgraphs(node):
+            for subgraph in subgraphs:
+                _sweep(subgraph, opset, data, changed)
+
+
+def _signature(value: ir.Value) -> tuple[object, ...]:
+    return value.dtype, shape_of(value)
+
+
+def _improve(value: ir.Value, found: list[Expr | None], data: ShapeData) -> bool:
+    """Replace unknown and generated dims of `value` by computed ones."""
     known = value.shape
     keep_names = value.is_graph_output()
-    if known is None or len(known) != len(shape):
-        value.shape = ir.Shape([None if keep_names and _generated(d) else d for d in shape.dims])
-        return
-    value.shape = ir.Shape(
-        [_merge_dim(old, new, keep_names=keep_names) for old, new in zip(known.dims, shape.dims, strict=True)]
-    )
+    if known is None or len(known) != len(found):
+        if known is not None and not keep_names and all(isinstance(d, int) for d in known.dims):
+            return False  # what ONNX derived as static stands
+        old: list[Dim] = [ir.SymbolicDim(None)] * len(found)
+    else:
+        old = list(known.dims)
+    computed = [_as_dim(data.spell(d)) for d in found]
+    merged = [_merge_dim(o, n, keep_names=keep_names) for o, n in zip(old, computed, strict=True)]
+    if known is not None and list(known.dims) == merged:
+        return False
+    value.shape = ir.Shape(merged)
+    return True
 
 
-def _generated(dim: int | ir.SymbolicDim) -> bool:
+def _as_dim(dim: int | str | None) -> Dim:
+    return dim if isinstance(dim, int) else ir.SymbolicDim(dim)
+
+
+# Merging
+
+
+def _merge_value(value: ir.Value, found: onnx.TypeProto) -> bool:
+    """Take what inference found, keep what was known where it found less; return whether more was known."""
+    if not found.HasField("tensor_type"):
+        kind = ir.serde.deserialize_type_proto_for_type(found)
+        if kind is not None:
+            value.type = kind
+        return False
+    tensor = found.tensor_type
+    if tensor.elem_type and value.dtype != tensor.elem_type:
+        value.dtype = ir.DataType(tensor.elem_type)
+    if not tensor.HasField("shape"):
+        return value.shape is not None
+    return _merge_shape(value, [_dim(d) for d in tensor.shape.dim])
+
+
+def _merge_shape(value: ir.Value, inferred: list[Dim]) -> bool:
+    known = value.shape
+    keep_names = value.is_graph_output()
+    if known is None or len(known) != len(inferred):
+        value.shape = ir.Shape([None if keep_names and _generated(d) else d for d in inferred])
+        return False
+    merged = [_merge_dim(old, new, keep_names=keep_names) for old, new in zip(known.dims, inferred, strict=True)]
+    if merged != list(known.dims):
+        value.shape = ir.Shape(merged)
+    return any(m != i and not (i is None or _generated(m)) for m, i in zip(merged, inferred, strict=True))
+
+
+def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
+    if proto.HasField("dim_value"):
+        return int(proto.dim_value)
+    return ir.SymbolicDim(proto.dim_param or None)
+
+
+def _generated(dim: Dim) -> bool:
     return isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.startswith(GENERATED)
 
 
-def _merge_dim(old: int | ir.SymbolicDim, new: int | ir.SymbolicDim, *, keep_names: bool) -> int | ir.SymbolicDim:
-    """One dim: a number beats a name, the derived beats the written, a real name beats a generated one."""
-    if keep_names and isinstance(old, ir.SymbolicDim) and old.value is not None:
+def _unnamed(dim: Dim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and (dim.value is None or dim.value.startswith(GENERATED))
+
+
+def _merge_dim(old: Dim, new: Dim, *, keep_names: bool) -> Dim:
+    """One dim: a number beats a name, the derived beats the written, a real name beats a generated or no name."""
+    if keep_names and not _unnamed(old) and not isinstance(old, int):
         return old
-    if isinstance(new, int):
+    if isinstance(new, int) or isinstance(old, int):
+        return new if isinstance(new, int) else old
+    if not _unnamed(new):
         return new
-    if isinstance(old, int):
+    if not _unnamed(old):
         return old
-    if new.value is None or _generated(new):
-        unnamed = old.value is None or _generated(old)
-        if unnamed:
-            return ir.SymbolicDim(None) if keep_names else new
-        return old
-    return new
+    if keep_names:
+        return ir.SymbolicDim(None)
+    return old if new.value is None else new
+
+
+# Operators whose rule is one line, so that the proto round trip is spared
+
+# fmt: off
+_UNARY = frozenset((
+    "Abs", "Acos", "Asin", "Atan", "Ceil", "Celu", "Clip", "Cos", "Elu",
+    "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log",
+    "LogSoftmax", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
+    "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh",
+    "ThresholdedRelu",
+))
+# fmt: on
+_BINARY = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Mod", "And", "Or", "Xor", "PRelu"])
+_COMPARE = frozenset(["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
+
+
+def _quick(node: ir.Node) -> bool:
+    """Infer elementwise operators directly; return whether it was done."""
+    if node.op_type in _UNARY:
+        source = node.inputs[0]
+        if source is None or not isinstance(source.type, ir.TensorType) or source.shape is None:
+            return False
+        node.outputs[0].dtype = source.type.dtype
+        _merge_shape(node.outputs[0], list(source.shape.dims))
+        return True
+    if node.op_type in _BINARY or node.op_type in _COMPARE:
+        return _quick_binary(node)
+    return False
+
+
+def _quick_binary(node: ir.Node) -> bool:
+    a, b = node.inputs[0], node.inputs[1]
+    if a is None or b is None or not isinstance(a.type, ir.TensorType) or a.shape is None or b.shape is None:
+        return False
+    rank = max(len(a.shape), len(b.shape))
+    left, right = (_padded(s, rank) for s in (a.shape, b.shape))
+    merged: list[Dim] = []
+    for x, y in zip(left, right, strict=True):
+        if isinstance(x, int) and isinstance(y, int):
+            if x != y and 1 not in (x, y):
+                return False  # invalid; left for the checker
+            merged.append(y if x == 1 else x)
+        else:
+            merged.append(_broadcast(x, y))
+    output = node.outputs[0]
+    output.dtype = ir.DataType.BOOL if node.op_type in _COMPARE else a.type.dtype
+    _merge_shape(output, merged)
+    return True
+
+
+def _padded(shape: ir.Shape, rank: int) -> list[Dim]:
+    return [1] * (rank - len(shape)) + list(shape.dims)
+
+
+def _broadcast(x: Dim, y: Dim) -> Dim:
+    if x == 1 or y == 1:
+        return y if x == 1 else x
+    if isinstance(x, int) or isinstance(y, int):
+        return x if isinstance(x, int) else y
+    return x if x.value is not None and x == y else ir.SymbolicDim(None)

@@ -1,0 +1,170 @@
+"""Arithmetic of symbolic dimensions: polynomials with integer coefficients over dim names.
+
+`batch*seq`, `past + seq` and `2*s0 + 1` are understood when read back, whoever wrote them; anything else (`s0//2`,
+`max(a, b)`) counts as one opaque symbol. Two dims are equal exactly when their normal forms are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Monomial = tuple[str, ...]  # sorted symbols, repeated for powers; () for the constant term
+_TOKEN = re.compile(r"\s\+\s|\s-\s|\s*\*\s*|[^\s*]+")
+
+
+@dataclass(frozen=True)
+class Poly:
+    """A polynomial: nonzero terms (symbols, coefficient), sorted."""
+
+    terms: tuple[tuple[Monomial, int], ...]
+
+    def __str__(self) -> str:
+        text = ""
+        for symbols, coefficient in sorted(self.terms, key=lambda t: (t[0] == (), t[0])):
+            sign = " - " if coefficient < 0 else " + "
+            size = abs(coefficient)
+            factors = [str(size)] if size != 1 or not symbols else []
+            text += (sign if text else sign.strip().replace("+", "")) + "*".join([*factors, *symbols])
+        return text
+
+
+Expr = int | Poly
+
+
+def symbol(name: str) -> Poly:
+    """One dim name as it stands."""
+    return Poly((((name,), 1),))
+
+
+def parse(name: str) -> Expr:
+    """The expression that a dim name spells: sums (with spaces around the sign) of products of names and integers."""
+    if name.isidentifier():
+        return symbol(name)
+    if any(c in name for c in "()/%,^") or "**" in name:
+        return symbol(name)
+    tokens = _TOKEN.findall(name.strip())
+    if "".join(tokens) != name.strip() or len(tokens) % 2 == 0:
+        return symbol(name)
+    terms: list[Expr] = [_atom(tokens[0])]
+    for sign, atom in zip(tokens[1::2], tokens[2::2], strict=True):
+        match sign.strip():
+            case "*":
+                terms[-1] = mul(terms[-1], _atom(atom))
+            case "+":
+                terms.append(_atom(atom))
+            case "-":
+                terms.append(mul(-1, _atom(atom)))
+            case _:
+                return symbol(name)
+    total: Expr = 0
+    for term in terms:
+        total = add(total, term)
+    return total
+
+
+def _atom(text: str) -> Expr:
+    return int(text) if text.isdecimal() else symbol(text)
+
+
+def _terms(value: Expr) -> dict[Monomial, int]:
+    if isinstance(value, int):
+        return {(): value} if value else {}
+    return dict(value.terms)
+
+
+def _make(terms: Mapping[Monomial, int]) -> Expr:
+    kept = {symbols: c for symbols, c in terms.items() if c}
+    if not kept:
+        return 0
+    if set(kept) == {()}:
+        return kept[()]
+    return Poly(tuple(sorted(kept.items())))
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    """a + b."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a + b
+    terms = _terms(a)
+    for symbols, coefficient in _terms(b).items():
+        terms[symbols] = terms.get(symbols, 0) + coefficient
+    return _make(terms)
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    """a - b."""
+    return add(a, mul(-1, b))
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    """a * b."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a * b
+    terms: dict[Monomial, int] = {}
+    for left, x in _terms(a).items():
+        for right, y in _terms(b).items():
+            symbols = tuple(sorted(left + right))
+            terms[symbols] = terms.get(symbols, 0) + x * y
+    return _make(terms)
+
+
+def product(values: list[Expr]) -> Expr:
+    """The product of all values; 1 for none."""
+    total: Expr = 1
+    for value in values:
+        total = mul(total, value)
+    return total
+
+
+def exact_div(a: Expr, b: Expr) -> Expr | None:
+    """q with q * b == a as polynomials, or None. Symbols are taken to be nonzero."""
+    if b == 0:
+        return None
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if a % b == 0 else None
+    quotient: Expr = 0
+    rest = a
+    for _ in range(16):
+        if rest == 0:
+            return quotient
+        term = _divide_leading(rest, b)
+        if term is None:
+            return None
+        quotient = add(quotient, term)
+        rest = sub(rest, mul(term, b))
+    return None
+
+
+def _leading(value: Expr) -> tuple[Monomial, int]:
+    return max(_terms(value).items(), key=lambda term: (len(term[0]), term[0]))
+
+
+def _divide_leading(a: Expr, b: Expr) -> Expr | None:
+    symbols, coefficient = _leading(a)
+    divisor, by = _leading(b)
+    if coefficient % by:
+        return None
+    left = list(symbols)
+    for name in divisor:
+        if name not in left:
+            return None
+        left.remove(name)
+    return _make({tuple(left): coefficient // by})
+
+
+def evaluate(value: Expr, bindings: Mapping[str, int], default: int = 1) -> int:
+    """The number that `value` is under `bindings`; unbound symbols count as `default`."""
+    total = 0
+    for symbols, coefficient in _terms(value).items():
+        for name in symbols:
+            coefficient *= bindings.get(name, default)
+        total += coefficient
+    return total
+
+
+def is_positive(value: Expr) -> bool:
+    """Whether `value` is provably at least 1 when every symbol is: positive coefficients only."""
+    terms = _terms(value)
+    return bool(terms) and all(c > 0 for c in terms.values())

@@ -1,0 +1,108 @@
+"""The protos that ONNX's shape inference sees: the graph without the data of large initializers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+
+from xform.graph.values import is_constant
+
+# Constants with more elements than this cannot be a shape, axes, pads or repeats, so inference never needs their data.
+DATA_LIMIT = 256
+
+
+def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
+    """The model without large data: initializers become inputs, small constant ones keep their data."""
+    proto = onnx.ModelProto()
+    proto.ir_version = max(model.ir_version, 10)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    for function in model.functions.values():
+        proto.functions.append(ir.serde.serialize_function(function))
+    graph = proto.graph
+    graph.name = model.graph.name or "main"
+    _add_inputs(graph, model.graph)
+    for value in model.graph.outputs:
+        graph.output.append(_value_info(value))
+    listed = {value.name for value in model.graph.outputs}
+    for value in seeds:
+        if value.name and value.name not in listed and value.type is not None:
+            graph.value_info.append(_value_info(value))
+    for node in model.graph:
+        graph.node.append(_node(node))
+    return proto
+
+
+def _add_inputs(proto: onnx.GraphProto, graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        proto.input.append(_value_info(value))
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or value.is_graph_input():
+            continue
+        if tensor.size <= DATA_LIMIT and tensor.dtype != ir.DataType.STRING:
+            proto.initializer.append(_named_tensor(tensor, value.name or ""))
+        else:
+            proto.input.append(
+                onnx.helper.make_tensor_value_info(value.name or "", tensor.dtype.value, list(tensor.shape.numpy()))
+            )
+
+
+def _named_tensor(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
+    proto = onnx.TensorProto(name=name, data_type=tensor.dtype.value, raw_data=tensor.tobytes())
+    proto.dims.extend(tensor.shape.numpy())
+    return proto
+
+
+def _node(node: ir.Node) -> onnx.NodeProto:
+    """The node; value_info inside its subgraphs is dropped, because a wrong one there stops inference."""
+    proto = ir.serde.serialize_node(node)
+    del proto.metadata_props[:]
+    stack = [proto]
+    while stack:
+        for attr in stack.pop().attribute:
+            for graph in (*attr.graphs, *((attr.g,) if attr.HasField("g") else ())):
+                del graph.value_info[:]
+                stack.extend(graph.node)
+    return proto
+
+
+def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
+    proto = onnx.ValueInfoProto(name=value.name or "")
+    if (kind := type_proto(value)) is not None:
+        proto.type.CopyFrom(kind)
+    return proto
+
+
+def type_proto(value: ir.Value) -> onnx.TypeProto | None:
+    if value.type is None:
+        return None
+    proto = onnx.TypeProto()
+    ir.serde.serialize_type_into(proto, value.type)
+    if value.shape is not None:
+        ir.serde.serialize_shape_into(proto, value.shape)
+    return proto
+
+
+def node_proto(node: ir.Node) -> tuple[onnx.NodeProto, dict[str, onnx.TypeProto], dict[str, onnx.TensorProto]]:
+    """The node with values renamed by position, what is known of its inputs, and the data of small constants."""
+    proto = onnx.NodeProto(op_type=node.op_type)
+    types: dict[str, onnx.TypeProto] = {}
+    data: dict[str, onnx.TensorProto] = {}
+    for index, value in enumerate(node.inputs):
+        name = f"i{index}" if value is not None else ""
+        proto.input.append(name)
+        if value is None:
+            continue
+        types[name] = type_proto(value) or onnx.TypeProto()
+        tensor = value.const_value if value.is_initializer() and is_constant(value) else None
+        if tensor is not None and tensor.size <= DATA_LIMIT and tensor.dtype != ir.DataType.STRING:
+            data[name] = _named_tensor(tensor, name)
+    proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        proto.attribute.append(ir.serde.serialize_attribute(attr))
+    return proto, types, data
