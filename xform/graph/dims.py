@@ -168,3 +168,26 @@ def is_positive(value: Expr) -> bool:
     """Whether `value` is provably at least 1 when every symbol is: positive coefficients only."""
     terms = _terms(value)
     return bool(terms) and all(c > 0 for c in terms.values())
+
+
+def at_most(limit: int, value: Poly) -> Poly:
+    """min(limit, value), as an opaque symbol: the length of a slice of `limit` elements up to `value`."""
+    return symbol(f"min({limit}, {value})")
+
+
+def broadcast(a: Expr, b: Expr) -> Expr | None:
+    """The dim that two dims broadcast to, or None where that depends on their values.
+
+    A value broadcasts with its own minimum with a limit to itself: where they differ, the graph could not run.
+    """
+    if a == 1:
+        return b
+    if b == 1 or a == b:
+        return a
+    if isinstance(a, int) or isinstance(b, int):
+        return a if isinstance(a, int) else b  # the other is 1 or the same
+    for bounded, value in ((a, b), (b, a)):
+        name = str(bounded)
+        if name.startswith("min(") and name.endswith(f", {value})") and len(_terms(bounded)) == 1:
+            return value
+    return None

@@ -294,15 +294,11 @@ def _reshape_dims(node: ir.Node, data: ShapeData) -> Elements | None:
 
 
 def broadcast_dim(a: Expr | None, b: Expr | None) -> Expr | None:
-    """The dim that two dims broadcast to, or None."""
-    if a == 1:
-        return b
-    if b == 1 or a == b:
-        return a
-    for value in (a, b):
-        if isinstance(value, int):  # the other is 1 or the same
-            return value
-    return None
+    """The dim that two dims, either unknown, broadcast to, or None."""
+    if a is None or b is None:
+        known = b if a is None else a
+        return known if isinstance(known, int) and known != 1 else None
+    return dims.broadcast(a, b)
 
 
 def _expand_dims(node: ir.Node, data: ShapeData) -> Elements | None:
@@ -396,6 +392,13 @@ def _sliced(size: Expr | None, start: Expr | None, end: Expr | None, step: Expr 
         return len(range(size)[start:end])
     if start == 0 and (end == size or (isinstance(end, int) and end >= 2**31 - 1)):
         return size
+    if start == 0 and isinstance(size, int) and isinstance(end, dims.Poly) and dims.is_positive(end):
+        return dims.at_most(size, end)
+    if isinstance(size, dims.Poly) and isinstance(start, int) and isinstance(end, int):
+        if start == 0 and end > 0:
+            return dims.at_most(end, size)
+        if start < 0 and end >= 2**31 - 1:
+            return dims.at_most(-start, size)
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import onnx
 import onnx_ir as ir
 
-from xform.graph.values import is_constant
+from xform.graph.values import constant_tensor
 
 # Constants with more elements than this cannot be a shape, axes, pads or repeats, so inference never needs their data.
 DATA_LIMIT = 256
@@ -97,7 +97,7 @@ def node_proto(node: ir.Node) -> tuple[onnx.NodeProto, dict[str, onnx.TypeProto]
         if value is None:
             continue
         types[name] = type_proto(value) or onnx.TypeProto()
-        tensor = value.const_value if value.is_initializer() and is_constant(value) else None
+        tensor = constant_tensor(value)
         if tensor is not None and tensor.size <= DATA_LIMIT and tensor.dtype != ir.DataType.STRING:
             data[name] = _named_tensor(tensor, name)
     proto.output.extend(f"o{index}" for index in range(len(node.outputs)))

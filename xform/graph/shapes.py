@@ -16,6 +16,7 @@ from functools import lru_cache
 import onnx
 import onnx_ir as ir
 
+from xform.graph import dims
 from xform.graph.dims import Expr
 from xform.graph.shape_data import ShapeData
 from xform.graph.shape_proto import node_proto, skeleton
@@ -155,7 +156,7 @@ def _subgraphs(node: ir.Node) -> Iterator[tuple[str, tuple[ir.Graph, ...]]]:
 def _sweep(graph: ir.Graph, opset: int, data: ShapeData, changed: set[ir.Value]) -> None:
     """Visit nodes in order: improve shapes that depend on shape arithmetic, then all that reads them."""
     for node in graph:
-        if any(value in changed for value in node.inputs):
+        if any(value in changed for value in node.inputs) or _needs_broadcast(node):
             before = [_signature(value) for value in node.outputs]
             infer_node(node, opset)
             changed.update(v for v, old in zip(node.outputs, before, strict=True) if _signature(v) != old)
@@ -165,6 +166,14 @@ def _sweep(graph: ir.Graph, opset: int, data: ShapeData, changed: set[ir.Value])
         for _, subgraphs in _subgraphs(node):
             for subgraph in subgraphs:
                 _sweep(subgraph, opset, data, changed)
+
+
+def _needs_broadcast(node: ir.Node) -> bool:
+    """ONNX gives up on broadcasting two symbols; some are bounded by each other."""
+    if node.op_type not in _BROADCAST and node.op_type not in _COMPARE:
+        return False
+    shape = node.outputs[0].shape
+    return shape is not None and any(_unnamed(d) for d in shape.dims)
 
 
 def _signature(value: ir.Value) -> tuple[object, ...]:
@@ -263,7 +272,7 @@ _UNARY = frozenset((
     "ThresholdedRelu",
 ))
 # fmt: on
-_BINARY = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Mod", "And", "Or", "Xor", "PRelu"])
+_BROADCAST = frozenset(["Add", "Sub", "Mul", "Div", "Mod", "And", "Or", "Xor", "Where", "Max", "Min", "Sum", "Mean"])
 _COMPARE = frozenset(["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"])
 
 
@@ -276,33 +285,38 @@ def _quick(node: ir.Node) -> bool:
         node.outputs[0].dtype = source.type.dtype
         _merge_shape(node.outputs[0], list(source.shape.dims))
         return True
-    if node.op_type in _BINARY or node.op_type in _COMPARE:
-        return _quick_binary(node)
+    if node.op_type in _BROADCAST or node.op_type in _COMPARE:
+        return _quick_broadcast(node)
     return False
 
 
-def _quick_binary(node: ir.Node) -> bool:
-    a, b = node.inputs[0], node.inputs[1]
-    if a is None or b is None or not isinstance(a.type, ir.TensorType) or a.shape is None or b.shape is None:
+def _quick_broadcast(node: ir.Node) -> bool:
+    operands = [v for v in node.inputs if v is not None]
+    if len(operands) != len(node.inputs) or any(v.shape is None for v in operands):
         return False
-    rank = max(len(a.shape), len(b.shape))
-    left, right = (_padded(s, rank) for s in (a.shape, b.shape))
+    kind = operands[-1].type
+    if not isinstance(kind, ir.TensorType):
+        return False
     merged: list[Dim] = []
-    for x, y in zip(left, right, strict=True):
-        if isinstance(x, int) and isinstance(y, int):
-            if x != y and 1 not in (x, y):
-                return False  # invalid; left for the checker
-            merged.append(y if x == 1 else x)
-        else:
-            merged.append(_broadcast(x, y))
+    for value in operands:
+        found = _broadcast_shapes(merged, list(value.shape.dims) if value.shape is not None else [])
+        if found is None:
+            return False  # invalid; left for the checker
+        merged = found
     output = node.outputs[0]
-    output.dtype = ir.DataType.BOOL if node.op_type in _COMPARE else a.type.dtype
+    output.dtype = ir.DataType.BOOL if node.op_type in _COMPARE else kind.dtype
     _merge_shape(output, merged)
     return True
 
 
-def _padded(shape: ir.Shape, rank: int) -> list[Dim]:
-    return [1] * (rank - len(shape)) + list(shape.dims)
+def _broadcast_shapes(a: list[Dim], b: list[Dim]) -> list[Dim] | None:
+    rank = max(len(a), len(b))
+    merged: list[Dim] = []
+    for x, y in zip([1] * (rank - len(a)) + a, [1] * (rank - len(b)) + b, strict=True):
+        if isinstance(x, int) and isinstance(y, int) and x != y and 1 not in (x, y):
+            return None
+        merged.append(_broadcast(x, y))
+    return merged
 
 
 def _broadcast(x: Dim, y: Dim) -> Dim:
@@ -310,4 +324,9 @@ def _broadcast(x: Dim, y: Dim) -> Dim:
         return y if x == 1 else x
     if isinstance(x, int) or isinstance(y, int):
         return x if isinstance(x, int) else y
-    return x if x.value is not None and x == y else ir.SymbolicDim(None)
+    if x.value is None or y.value is None:
+        return ir.SymbolicDim(None)
+    if x == y:
+        return x
+    found = dims.broadcast(dims.parse(x.value), dims.parse(y.value))
+    return y if found == dims.parse(y.value) else x if found is not None else ir.SymbolicDim(None)
