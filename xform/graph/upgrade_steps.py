@@ -1,7 +1,7 @@
 """Registry of upward steps: for every (operator, version) at which ONNX changed a definition, what a node must undergo.
 
 Either the step is a *relabel* (`RELABEL`: the newer version only allows more types, more attributes whose defaults keep
-the old meaning, or says the same in other words), or it has an *adapter*. A test asserts that every step has one of the two.
+the old meaning, or says the same in other words), or it has an *adapter*. A test asserts that no step lacks both.
 """
 
 from __future__ import annotations
