@@ -1,0 +1,137 @@
+"""What an input is for, read from how the graph uses it, so that random values are ones the model can take.
+
+An integer input that ends in Gather's `indices` must stay below the number of rows; one that is turned into a mask must
+be 0 or 1. Structure decides; names are asked only where structure says nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from xform.graph.values import ONNX_DOMAINS, is_constant, scalar, shape_of
+
+Kind = Literal["plain", "mask", "additive_mask", "positive", "index", "size"]
+
+# operators that hand the values of their first input on unchanged, whatever they do to the shape
+_TRANSPARENT = {
+    "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Tile", "Transpose", "Slice", "Split",
+    "Concat", "Gather", "Cast", "CastLike", "Pad", "Dropout",
+}  # fmt: skip
+_INDEXED = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "ScatterElements": 1, "ScatterND": 1}
+_SIZE_INPUTS = {
+    "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "TopK": (1,),
+    "Resize": (3,), "Upsample": (1,), "Pad": (1,), "Slice": (1, 2), "Split": (1,),
+}  # fmt: skip
+_PRECEDENCE: tuple[Kind, ...] = ("mask", "additive_mask", "size", "positive", "index")
+_MAX_VISITS = 256  # values followed per input; uses that matter are near the input
+
+
+@dataclass(frozen=True)
+class Role:
+    """Values that an input may take.
+
+    Attributes:
+        kind: "mask" (0 or 1), "additive_mask" (0 or very negative), "positive" (floats above 0), "index" (integers
+            below `high`), "size" (a length or a shape), "plain" (anything).
+        high: Exclusive upper bound of an index, None where unknown.
+    """
+
+    kind: Kind
+    high: int | None = None
+
+
+def role_of(value: ir.Value) -> Role:
+    """The role of a graph input, from its uses, then from its name."""
+    found = _roles_from_uses(value)
+    bounds = [role.high for role in found if role.kind == "index" and role.high is not None]
+    if bounds:
+        return Role("index", min(bounds))
+    for kind in _PRECEDENCE:
+        if any(role.kind == kind for role in found):
+            return Role(kind)
+    return _role_from_name(value)
+
+
+def _roles_from_uses(start: ir.Value) -> list[Role]:
+    found: list[Role] = []
+    queue, seen = [start], {start}
+    while queue and len(seen) < _MAX_VISITS:
+        value = queue.pop()
+        for node, position in value.uses():
+            if node.domain not in ONNX_DOMAINS:
+                continue
+            role = _role_in(node, position, value)
+            if role is not None:
+                found.append(role)
+            elif node.op_type in _TRANSPARENT and (position == 0 or node.op_type == "Concat"):
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+    return found
+
+
+def _role_in(node: ir.Node, position: int, value: ir.Value) -> Role | None:
+    """What one use says; None if it says nothing."""
+    op = node.op_type
+    if _INDEXED.get(op) == position:
+        return Role("index", _rows(node))
+    if op == "OneHot" and position == 0:
+        depth = scalar(node.inputs[1])
+        return Role("index", int(depth)) if depth else None
+    if position in _SIZE_INPUTS.get(op, ()):
+        return Role("size")
+    if op == "Cast" and node.outputs[0].dtype == ir.DataType.BOOL:
+        return Role("mask")
+    if op in ("Not", "And", "Or") or (op == "Where" and position == 0):
+        return Role("mask")
+    if op == "Sub" and position == 1 and scalar(node.inputs[0]) == 1:
+        return Role("mask")
+    if op in ("Sqrt", "Log") or (op == "Pow" and position == 0 and _is_fraction(node.inputs[1])):
+        return Role("positive")
+    if op == "Add" and _feeds_softmax(node):
+        return Role("additive_mask") if value.dtype is not None and value.dtype.is_floating_point() else None
+    if op == "Attention" and position == 3:
+        floating = value.dtype is not None and value.dtype.is_floating_point()
+        return Role("additive_mask" if floating else "mask")
+    return None
+
+
+def _is_fraction(exponent: ir.Value | None) -> bool:
+    number = scalar(exponent)
+    return number is not None and not float(number).is_integer()
+
+
+def _rows(node: ir.Node) -> int | None:
+    """How many different indices an indexing node takes: the length of the data's indexed axis where it is known."""
+    shape = shape_of(node.inputs[0])
+    if not shape:
+        return None
+    attr = node.attributes.get("axis")
+    axis = 0 if attr is None else int(attr.value)
+    if node.op_type.endswith("ND"):
+        known = [dim for dim in shape if isinstance(dim, int)]
+        return min(known) if len(known) == len(shape) else 1
+    dim = shape[axis] if -len(shape) <= axis < len(shape) else None
+    return dim if isinstance(dim, int) else (None if is_constant(node.inputs[0]) else 1)
+
+
+def _feeds_softmax(node: ir.Node) -> bool:
+    uses = node.outputs[0].uses()
+    return any(user.op_type == "Softmax" and user.domain in ONNX_DOMAINS for user, _ in uses)
+
+
+def _role_from_name(value: ir.Value) -> Role:
+    name = (value.name or "").lower()
+    if "mask" in name:
+        return Role("mask")
+    integer = value.dtype is not None and value.dtype.is_integer()
+    if integer and ("token_type" in name or "segment" in name):
+        return Role("index", 2)
+    if integer and (name.endswith("ids") or "position" in name or "index" in name or "indices" in name):
+        return Role("index", None)
+    if integer and ("length" in name or "size" in name or "shape" in name):
+        return Role("size")
+    return Role("plain")

@@ -1,0 +1,218 @@
+"""Running a graph for its numbers: ONNX Runtime with every graph optimization off, on the CPU.
+
+Weights are lent to the runtime, not copied: large initializers are declared external in the serialized graph and handed
+over as OrtValues that point into the tensors' own memory (or memory map). So a graph of any size runs without a
+temporary file and without the 2 GB limit of protobuf. Sessions are released as soon as the numbers are there.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from xform.errors import VerificationError
+
+Inputs = Mapping[str, Any]
+Outputs = dict[str, Any]
+Oracle = Callable[[Inputs], Mapping[str, Any] | Sequence[Any]]
+
+LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where the runtime's shape inference can read them
+_MAX_IR_VERSION = 10  # ONNX Runtime refuses files stamped newer than it knows; the stamp itself changes nothing
+_THREADS = 2
+# dtypes that NumPy lacks cross the boundary as float32 through a Cast that is exact
+_NO_NUMPY = {
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.FLOAT8E4M3FN,
+    onnx.TensorProto.FLOAT8E4M3FNUZ,
+    onnx.TensorProto.FLOAT8E5M2,
+    onnx.TensorProto.FLOAT8E5M2FNUZ,
+}
+
+
+class CouldNotRunError(VerificationError):
+    """The runtime refused the graph or failed while running it, so there are no numbers to compare."""
+
+
+class Session:
+    """One graph, ready to run. Use as a context manager, so that its memory is released.
+
+    Raises:
+        CouldNotRunError: The graph cannot be serialized, or the runtime refuses it.
+    """
+
+    def __init__(self, model: ir.Model, *, threads: int = _THREADS) -> None:
+        self._output_names = [value.name or "" for value in model.graph.outputs]
+        try:
+            proto, lent = serialize(model)
+            data = proto.SerializeToString()
+        except Exception as error:
+            raise CouldNotRunError(f"the graph could not be serialized: {_first_line(error)}") from error
+        self._casts = _widen_interface_names(proto)
+        self._lent = lent  # the runtime reads this memory for as long as the session lives
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if lent:
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
+            options.add_external_initializers(list(lent), values)
+        try:
+            self._session: Any = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise CouldNotRunError(f"ONNX Runtime does not load the graph: {_first_line(error)}") from error
+
+    def run(self, inputs: Inputs) -> Outputs:
+        """Outputs by name.
+
+        Raises:
+            CouldNotRunError: The runtime failed on these inputs.
+        """
+        feeds = {}
+        for name, value in inputs.items():
+            cast = self._casts.get(name)
+            feeds[cast or name] = np.asarray(value, np.float32) if cast else value
+        try:
+            results = self._session.run(None, feeds)
+        except Exception as error:
+            raise CouldNotRunError(f"ONNX Runtime failed: {_first_line(error)}") from error
+        return dict(zip(self._output_names, results, strict=True))
+
+    def close(self) -> None:
+        """Release the session and the lent weights."""
+        self._session = None
+        self._lent = {}
+        gc.collect()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_model(model: ir.Model, cases: Sequence[Inputs]) -> list[Outputs]:
+    """Outputs of `model` for each of `cases`; the session is gone afterwards."""
+    with Session(model) as session:
+        return [session.run(case) for case in cases]
+
+
+def call_oracle(oracle: Oracle, inputs: Inputs, output_names: Sequence[str]) -> Outputs:
+    """Outputs of a callable reference (a torch module, say) by graph output name.
+
+    Raises:
+        CouldNotRunError: It raised, or gave another number of outputs than the graph has.
+    """
+    try:
+        results = oracle(inputs)
+    except Exception as error:
+        raise CouldNotRunError(f"the reference failed: {_first_line(error)}") from error
+    if isinstance(results, Mapping):
+        missing = [name for name in output_names if name not in results]
+        if missing:
+            raise CouldNotRunError(f"the reference gives no output named {missing[0]!r}")
+        return {name: to_numpy(results[name]) for name in output_names}
+    if len(results) != len(output_names):
+        raise CouldNotRunError(f"the reference gives {len(results)} outputs, the graph {len(output_names)}")
+    return {name: to_numpy(value) for name, value in zip(output_names, results, strict=True)}
+
+
+def to_numpy(value: Any) -> Any:
+    """A torch tensor, number or array as an array; sequences element by element; None stays."""
+    if value is None or isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float | bool | str):
+        return [to_numpy(element) for element in value]
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) in ("torch.bfloat16",) or "float8" in str(value.dtype):
+            value = value.float()
+        return value.numpy()
+    return np.asarray(value)
+
+
+def serialize(model: ir.Model, *, lend: bool = True) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The model as a proto whose large initializers are left out, and those initializers as arrays by name.
+
+    Inputs and outputs of dtypes that NumPy lacks get an exact Cast from or to float32 (see `_widen_interface`).
+    The model itself is as before when this returns.
+    """
+    lent: dict[str, Any] = {}
+    kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or value.is_graph_input():
+                continue
+            if lend and tensor.nbytes >= LEND_FROM_BYTES and _lendable(tensor.dtype):
+                lent[name] = _aligned(tensor.numpy())
+                kept.append((value, tensor))
+                value.const_value = _placeholder(name, tensor)
+            elif isinstance(tensor, ir.ExternalTensor):
+                kept.append((value, tensor))
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in kept:
+            value.const_value = tensor
+    proto.ir_version = min(proto.ir_version, _MAX_IR_VERSION)
+    _widen_interface(proto.graph)
+    return proto, lent
+
+
+def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        "lent", 0, tensor.nbytes, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+    )
+
+
+def _lendable(dtype: ir.DataType) -> bool:
+    if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED) or dtype.bitwidth < 8:
+        return False
+    return dtype.numpy().kind in "fiub" and dtype.numpy().isbuiltin == 1
+
+
+def _aligned(array: Any) -> Any:
+    array = np.ascontiguousarray(array)
+    return array if array.flags.aligned else array.copy()
+
+
+def _widened(name: str) -> str:
+    return name + "__as_float32"
+
+
+def _widen_interface(graph: onnx.GraphProto) -> None:
+    """Give every input and output of a dtype without NumPy type a float32 twin and a Cast in between."""
+    initialized = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        dtype = value.type.tensor_type.elem_type
+        if value.type.HasField("tensor_type") and dtype in _NO_NUMPY and value.name not in initialized:
+            cast = onnx.helper.make_node("Cast", [_widened(value.name)], [value.name], to=dtype)
+            graph.node.insert(0, cast)
+            value.name = _widened(value.name)
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for value in graph.output:
+        dtype = value.type.tensor_type.elem_type
+        if value.type.HasField("tensor_type") and dtype in _NO_NUMPY:
+            to = onnx.TensorProto.FLOAT
+            graph.node.append(onnx.helper.make_node("Cast", [value.name], [_widened(value.name)], to=to))
+            value.name = _widened(value.name)
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def _widen_interface_names(proto: onnx.ModelProto) -> dict[str, str]:
+    suffix = _widened("")
+    return {v.name.removesuffix(suffix): v.name for v in proto.graph.input if v.name.endswith(suffix)}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:400] if lines else type(error).__name__

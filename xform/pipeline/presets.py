@@ -1,0 +1,84 @@
+"""Presets: flat lists of pass names, in the order in which the passes run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from xform.errors import UsageError
+from xform.passes import PASSES
+from xform.rewrite.passes import Pass
+
+EXACT: tuple[str, ...] = (
+    "infer_shapes",
+    "fold_constants",
+    "remove_dead_code",
+    "eliminate_identities",
+    "eliminate_no_ops",
+    "raise_linear",
+    "raise_layer_norm",
+    "raise_rms_norm",
+    "raise_gelu",
+    "raise_silu",
+    "raise_softmax",
+    "raise_rotary",
+    "raise_attention",
+    "fold_batch_norm",
+    "simplify_layout",
+    "fold_shape_arithmetic",
+    "eliminate_common_subexpressions",
+    "deduplicate_initializers",
+    "remove_dead_code",
+)
+
+PRESETS: Mapping[str, tuple[str, ...]] = {"exact": EXACT}
+
+
+def resolve(
+    preset: str = "exact",
+    passes: Sequence[str | Pass] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Pass]:
+    """The passes to run.
+
+    Args:
+        preset: Name of a preset; ignored where `passes` is given.
+        passes: Pass names or pass objects, in order, in place of the preset's.
+        options: Field values per pass name, for passes given by name.
+
+    Raises:
+        UsageError: An unknown preset, pass or option, with the closest known name.
+    """
+    if passes is None:
+        if preset not in PRESETS:
+            raise UsageError(f"unknown preset {preset!r}", hint=_suggest(preset, list(PRESETS)))
+        passes = PRESETS[preset]
+    options = options or {}
+    named = [p if isinstance(p, str) else p.name for p in passes]
+    for name in options:
+        if name not in named:
+            raise UsageError(f"options were given for pass {name!r}, which does not run", hint=_suggest(name, named))
+    return [p if isinstance(p, Pass) else make_pass(p, options.get(p, {})) for p in passes]
+
+
+def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
+    """A pass by name with options.
+
+    Raises:
+        UsageError: An unknown pass or option.
+    """
+    if name not in PASSES:
+        raise UsageError(f"unknown pass {name!r}", hint=_suggest(name, list(PASSES)))
+    kind = PASSES[name]
+    known = [f.name for f in fields(kind)]
+    for option in options or {}:
+        if option not in known:
+            raise UsageError(f"pass {name!r} has no option {option!r}", hint=_suggest(option, known))
+    return kind(**(options or {}))
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"

@@ -1,0 +1,51 @@
+"""What a run of the pipeline gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from xform.pipeline.verify import Verification
+from xform.report.schema import PassReport, Size
+from xform.rewrite.remarks import RemarkLog
+from xform.rewrite.rule import RuleStatistics
+
+
+@dataclass
+class PipelineResult:
+    """The rewritten model and everything that was decided on the way.
+
+    Attributes:
+        model: The rewritten model; the captured one is untouched.
+        remarks: What every pass did, nearly did, or had undone.
+        passes: One report per pass, in order.
+        verification: The verdict on `model`.
+        statistics: Tries, hits and seconds per (pass, rule), of passes that were rolled back too.
+        seconds: Wall time by step: "passes", "verify".
+    """
+
+    model: ir.Model
+    remarks: RemarkLog = field(default_factory=RemarkLog)
+    passes: list[PassReport] = field(default_factory=list)
+    verification: Verification = field(default_factory=lambda: Verification("off"))
+    statistics: dict[tuple[str, str], RuleStatistics] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rolled_back(self) -> list[PassReport]:
+        """Passes that were undone, with the reason."""
+        return [report for report in self.passes if report.status == "rolled_back"]
+
+
+def size_of(model: ir.Model) -> Size:
+    """Nodes, weight elements and weight bytes of a model, subgraphs included; no weight is loaded."""
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    parameters = size = 0
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None:
+                parameters += tensor.size
+                size += tensor.nbytes
+    return Size(nodes, parameters, size)

@@ -1,0 +1,291 @@
+"""Verification: does a rewritten graph compute what the captured one computes?
+
+A `Verifier` holds the reference numbers of the captured model on a few input sets and compares candidates against
+them. The verdict has three values and a claim of equality is made only where numbers were compared:
+
+- "ok": every output agreed on every input set.
+- "failed": some output did not, or the candidate does not run where the reference does.
+- "unverified": nothing could be compared, and `reason` says why (the runtime refuses the captured model, no input sizes
+  work, the model is random, every output is NaN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.graph.check import Interface
+from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs, Session, call_oracle, run_model
+from xform.pipeline.random_inputs import InputCase, candidate_cases, check_named, is_dynamic, required_inputs
+from xform.pipeline.tolerance import UserTolerance, coarsest_float, difference, is_float, resolve_tolerance
+from xform.rewrite.passes import Fidelity
+
+State = Literal["ok", "failed", "unverified", "off"]
+UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+_CASES_STATIC = 1
+_CASES_DYNAMIC = 2
+_MAX_TRIES = 12  # input sets proposed to a model that refuses some
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How one output agreed on one input set.
+
+    Attributes:
+        output: Name of the graph output.
+        inputs: The input set, in words.
+        max_abs_error: Largest absolute error, in units of the output.
+        max_rel_error: Largest relative error (see `xform.pipeline.tolerance`).
+        rtol: Relative tolerance it was held to.
+        atol: Absolute tolerance it was held to.
+        agrees: Whether it is within tolerance everywhere.
+        reason: Why not.
+    """
+
+    output: str
+    inputs: str
+    max_abs_error: float
+    max_rel_error: float
+    rtol: float
+    atol: float
+    agrees: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdict on one candidate.
+
+    Attributes:
+        state: "ok", "failed", "unverified" or "off" (not asked for).
+        reason: Why it is not "ok"; empty if it is.
+        outputs: Every output on every input set.
+        notes: What the user should know besides: input sizes that the model refused, and the like.
+    """
+
+    state: State
+    reason: str = ""
+    outputs: tuple[OutputError, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether numbers were compared and agreed."""
+        return self.state == "ok"
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """Largest absolute error of any output; None where nothing was compared."""
+        return max((o.max_abs_error for o in self.outputs), default=None)
+
+    @property
+    def max_rel_error(self) -> float | None:
+        """Largest relative error of any output; None where nothing was compared."""
+        return max((o.max_rel_error for o in self.outputs), default=None)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The input sets that were compared, in words."""
+        return tuple(dict.fromkeys(o.inputs for o in self.outputs))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form; infinite errors become None."""
+        errors = {"max_abs_error": _finite(self.max_abs_error), "max_rel_error": _finite(self.max_rel_error)}
+        outputs = [
+            {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(output).items()} for output in self.outputs
+        ]
+        notes = list(self.notes)
+        return {"state": self.state, "reason": self.reason, **errors, "outputs": outputs, "notes": notes}
+
+
+def _finite(number: float | None) -> float | None:
+    return None if number is None or not np.isfinite(number) else float(number)
+
+
+@dataclass
+class Verifier:
+    """Reference numbers of a captured model, and comparisons against them.
+
+    Args:
+        model: The captured model. It is never changed; the oracle runs it unless `oracle` is given.
+        oracle: A callable from named inputs to outputs (in graph order, or by name) that is the reference instead.
+        inputs: The user's inputs, one set or several; sets that lack some inputs are completed with random ones.
+        sizes: Numbers for dynamic dims by name.
+        tolerance: The user's tolerance, see `xform.pipeline.tolerance.resolve_tolerance`.
+        seed: Of the random inputs.
+
+    Attributes:
+        cases: Input sets that the reference ran on.
+        references: Its outputs.
+        unverifiable: Why there are no reference numbers; empty if there are.
+        notes: See Verification.
+    """
+
+    model: ir.Model
+    oracle: Oracle | None = None
+    inputs: UserInputs | None = None
+    sizes: Mapping[str, int] | None = None
+    tolerance: UserTolerance | None = None
+    seed: int = 0
+    cases: list[InputCase] = field(default_factory=list)
+    references: list[Outputs] = field(default_factory=list)
+    unverifiable: str = ""
+    notes: list[str] = field(default_factory=list)
+    prepared: bool = False
+
+    def prepare(self) -> None:
+        """Compute the reference numbers, once; on failure `unverifiable` says why.
+
+        Raises:
+            UsageError: The user's inputs or sizes do not fit the model.
+        """
+        if self.prepared:
+            return
+        self.prepared = True
+        self._computed_in = coarsest_float(self.model)
+        if self.oracle is not None:
+            self._collect(None)
+            return
+        try:
+            with Session(self.model) as session:
+                self._collect(session)
+        except CouldNotRunError as error:
+            self.unverifiable = error.what
+
+    def compare(self, candidate: ir.Model, fidelity: Fidelity = "exact") -> Verification:
+        """Run `candidate` on the same inputs and compare.
+
+        Args:
+            candidate: A model with the same inputs and outputs.
+            fidelity: The loosest fidelity of what was done to it.
+
+        Raises:
+            UsageError: The user's inputs, sizes or tolerance do not fit the model.
+        """
+        self.prepare()
+        if self.unverifiable:
+            return Verification("unverified", self.unverifiable, notes=tuple(self.notes))
+        try:
+            results = run_model(candidate, [case.arrays for case in self.cases])
+        except CouldNotRunError as error:
+            reason = f"the captured model runs and the rewritten one does not: {error.what}"
+            return Verification("failed", reason, notes=tuple(self.notes))
+        errors = list(self._output_errors(results, fidelity))
+        wrong = next((error for error in errors if not error.agrees), None)
+        if wrong is None:
+            return Verification("ok", "", tuple(errors), tuple(self.notes))
+        if self._is_random():
+            return Verification("unverified", "the model gives other numbers at every run", notes=tuple(self.notes))
+        reason = f"output {wrong.output!r} on {wrong.inputs}: {wrong.reason}"
+        return Verification("failed", reason, tuple(errors), tuple(self.notes))
+
+    def baseline(self) -> Verification:
+        """Compare the captured model itself with a callable oracle; "ok" without one, as then it is the reference."""
+        if self.oracle is None:
+            self.prepare()
+            return Verification("unverified", self.unverifiable) if self.unverifiable else Verification("ok")
+        return self.compare(self.model)
+
+    def _output_errors(self, results: Sequence[Outputs], fidelity: Fidelity) -> Iterator[OutputError]:
+        dtypes = {value.name: value.dtype for value in self.model.graph.outputs}
+        for case, reference, result in zip(self.cases, self.references, results, strict=True):
+            for name, expected in reference.items():
+                dtype = dtypes.get(name) or ir.DataType.FLOAT
+                limit = resolve_tolerance(self.tolerance, name, dtype, fidelity, self._computed_in)
+                found = difference(result.get(name), expected, limit)
+                max_abs, max_rel = found.max_abs, found.max_rel
+                yield OutputError(name, str(case), max_abs, max_rel, limit.rtol, limit.atol, found.agrees, found.reason)
+
+    def _collect(self, session: Session | None) -> None:
+        """Run the reference on proposed inputs until enough have worked."""
+        refused = ""
+        for proposed in self._proposals():
+            for tries, case in enumerate(proposed):
+                if tries >= _MAX_TRIES:
+                    break
+                try:
+                    outputs = self._reference(session, case)
+                except CouldNotRunError as error:
+                    refused = error.what
+                    self.notes.append(f"the model does not take {case}: {refused}")
+                    continue
+                self.cases.append(case)
+                self.references.append(outputs)
+                if len(self.cases) >= self._wanted():
+                    break
+        if not self.cases:
+            self.unverifiable = f"the captured model ran on none of the inputs tried: {refused}"
+        elif not self._informative():
+            self.unverifiable = "every float output is NaN or infinite on the inputs tried, so nothing can be compared"
+        elif len(self.cases) < self._wanted():
+            self.notes.append(f"only {len(self.cases)} of {self._wanted()} input sets could be compared")
+
+    def _proposals(self) -> Iterator[Iterator[InputCase]]:
+        """One stream of candidates per input set of the user, or a single stream of random ones."""
+        sets: Sequence[Mapping[str, Any] | None]
+        sets = [self.inputs] if self.inputs is None or isinstance(self.inputs, Mapping) else list(self.inputs)
+        for given in sets:
+            yield candidate_cases(self.model, self.seed, self.sizes, given)
+
+    def _wanted(self) -> int:
+        if self.inputs is not None and not isinstance(self.inputs, Mapping):
+            return len(self.inputs)
+        given = check_named(self.model, self.inputs or {})
+        complete = all(value.name in given for value in required_inputs(self.model))
+        return _CASES_DYNAMIC if is_dynamic(self.model) and not complete and not self.sizes else _CASES_STATIC
+
+    def _reference(self, session: Session | None, case: InputCase) -> Outputs:
+        if session is not None:
+            return session.run(case.arrays)
+        assert self.oracle is not None
+        names = [value.name or "" for value in self.model.graph.outputs]
+        return call_oracle(self.oracle, case.arrays, names)
+
+    def _informative(self) -> bool:
+        """Whether some output can tell right from wrong: a float output with a finite element, or any other output."""
+        floats = {v.name for v in self.model.graph.outputs if v.dtype is not None and is_float(v.dtype)}
+        for reference in self.references:
+            for name, array in reference.items():
+                if name not in floats or not isinstance(array, np.ndarray):
+                    return True
+                if array.size == 0 or np.isfinite(array).any():
+                    return True
+        return not self.model.graph.outputs
+
+    def _is_random(self) -> bool:
+        """Whether the reference disagrees with itself when run again."""
+        try:
+            if self.oracle is None:
+                again = run_model(self.model, [case.arrays for case in self.cases])
+            else:
+                again = [self._reference(None, case) for case in self.cases]
+        except CouldNotRunError:
+            return False
+        return any(not error.agrees for error in self._output_errors(again, "exact"))
+
+
+def verify(
+    reference: ir.Model,
+    candidate: ir.Model,
+    *,
+    inputs: UserInputs | None = None,
+    sizes: Mapping[str, int] | None = None,
+    tolerance: UserTolerance | None = None,
+    fidelity: Fidelity = "exact",
+    oracle: Oracle | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Compare two models on the same inputs. See `Verifier` for the arguments.
+
+    Raises:
+        UsageError: Inputs, sizes or tolerance do not fit the reference.
+    """
+    gap = Interface.of(reference).difference(Interface.of(candidate))
+    if gap is not None:
+        return Verification("failed", f"the interfaces differ: {gap}")
+    return Verifier(reference, oracle, inputs, sizes, tolerance, seed).compare(candidate, fidelity)
