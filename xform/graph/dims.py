@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 Monomial = tuple[str, ...]  # sorted symbols, repeated for powers; () for the constant term
+_AT_MOST = re.compile(r"min\((\d+), (.+)\)")
 _TOKEN = re.compile(r"\s\+\s|\s-\s|\s*\*\s*|[^\s*]+")
 
 
@@ -159,9 +160,16 @@ def evaluate(value: Expr, bindings: Mapping[str, int], default: int = 1) -> int:
     total = 0
     for symbols, coefficient in _terms(value).items():
         for name in symbols:
-            coefficient *= bindings.get(name, default)
+            coefficient *= _value_of(name, bindings, default)
         total += coefficient
     return total
+
+
+def _value_of(name: str, bindings: Mapping[str, int], default: int) -> int:
+    bounded = _AT_MOST.fullmatch(name)
+    if name in bindings or bounded is None:
+        return bindings.get(name, default)
+    return min(int(bounded[1]), evaluate(parse(bounded[2]), bindings, default))
 
 
 def is_positive(value: Expr) -> bool:
@@ -191,3 +199,13 @@ def broadcast(a: Expr, b: Expr) -> Expr | None:
         if name.startswith("min(") and name.endswith(f", {value})") and len(_terms(bounded)) == 1:
             return value
     return None
+
+
+def symbols(value: Expr) -> set[str]:
+    """The dim names that `value` depends on."""
+    found: set[str] = set()
+    for names, _ in _terms(value).items():
+        for name in names:
+            bounded = _AT_MOST.fullmatch(name)
+            found |= {name} if bounded is None else symbols(parse(bounded[2]))
+    return found
