@@ -1,0 +1,205 @@
+"""The calling convention of a captured module: which graph input is which argument, and what a result looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from xform.capture.torch_pytree import PLAIN, flatten, path_name, register_classes, unflatten
+from xform.errors import UsageError
+
+_OMITTED = (bool, int, float, str, type(None))
+
+
+def unique_names(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
+    """The names in order, each made unique by a number where it is used already."""
+    used = set(taken)
+    result = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in used:
+            candidate, count = f"{name}_{count}", count + 1
+        used.add(candidate)
+        result.append(candidate)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call, taken apart.
+
+    Attributes:
+        tensors: Tensors by graph input name, in order.
+        constants: Other leaves (numbers, strings, None) by name.
+        spec: The structure that holds them.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    constants: dict[str, Any]
+    spec: pytree.TreeSpec
+    order: tuple[str, ...]
+
+    def tree(self, tensors: Sequence[Any]) -> Any:
+        """The bound arguments with other tensors in the places of these."""
+        values = {**self.constants, **dict(zip(self.tensors, tensors, strict=True))}
+        return unflatten([values[name] for name in self.order], self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """How calls of a module are bound: equal calls spelled differently (by position, by name) become one form."""
+
+    signature: inspect.Signature
+
+    @staticmethod
+    def of(module: torch.nn.Module) -> Signature:
+        """The signature of a module's forward."""
+        return Signature(inspect.signature(module.forward))
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by parameter, in the order of the signature, without those that only repeat a plain default.
+
+        Raises:
+            UsageError: The call does not fit the signature.
+        """
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(
+                f"these arguments do not fit the module's forward{self.signature}: {error}",
+                hint="give the inputs as they are given to the module",
+            ) from error
+        parameters = self.signature.parameters
+        arguments = {}
+        for name, value in bound.arguments.items():
+            default = parameters[name].default
+            if isinstance(value, _OMITTED) and type(value) is type(default) and value == default:
+                continue
+            if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                value = dict(sorted(value.items()))
+            arguments[name] = value
+        return arguments
+
+    def call_form(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`args` and `kwargs` of a call with these bound arguments."""
+        kinds = {name: parameter.kind for name, parameter in self.signature.parameters.items()}
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        by_position = True
+        for name, kind in kinds.items():
+            if name not in arguments:
+                # A parameter left out: what follows can only be given by name.
+                by_position = by_position and kind is inspect.Parameter.VAR_POSITIONAL
+                continue
+            value = arguments[name]
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                args.extend(value)
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                kwargs.update(value)
+            elif by_position and kind is not inspect.Parameter.KEYWORD_ONLY:
+                args.append(value)
+            else:
+                kwargs[name] = value
+        return tuple(args), kwargs
+
+    def _leaf_name(self, path: Sequence[Any]) -> str:
+        parameter = self.signature.parameters[path[0].key]
+        # Extra keywords are known by their own name, not by the name of the catch-all parameter.
+        return path_name(path[1:] if parameter.kind is inspect.Parameter.VAR_KEYWORD else path)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """Take one call apart.
+
+        Raises:
+            UsageError: The call does not fit the signature, or an argument is neither tensor nor plain value.
+        """
+        leaves, spec = flatten(self.bind(args, kwargs))
+        names = unique_names([self._leaf_name(path) for path, _ in leaves])
+        tensors, constants = {}, {}
+        for name, (_, leaf) in zip(names, leaves, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                tensors[name] = leaf
+            elif isinstance(leaf, (*PLAIN, torch.dtype, torch.device)):
+                constants[name] = leaf
+            else:
+                raise UsageError(
+                    f"argument {name} is a {type(leaf).__name__}, which cannot be taken apart into tensors",
+                    hint="pass tensors in tuples, lists, dicts or dataclasses, or register the class with "
+                    "torch.utils._pytree.register_pytree_node",
+                )
+        return Arguments(tensors, constants, spec, tuple(names))
+
+
+@dataclasses.dataclass
+class Results:
+    """How a module's result is put together from graph outputs.
+
+    A result leaf is a graph output (several leaves may be one tensor, and so one output), or a constant.
+
+    Attributes:
+        spec: Structure of the result.
+        sources: Per leaf, the index of its graph output, or None for a constant.
+        constants: Per leaf, its value where it is a constant.
+        names: Name per graph output.
+        integers: Graph outputs that are a Python int in the original's result (a size, say).
+    """
+
+    spec: pytree.TreeSpec
+    sources: list[int | None]
+    constants: list[Any]
+    names: list[str]
+    integers: frozenset[int]
+
+    @staticmethod
+    def of(result: Any) -> tuple[list[Any], Results]:
+        """Take a result apart into the distinct leaves that depend on inputs, and how to put it together again.
+
+        Raises:
+            UsageError: A leaf is neither a tensor nor a plain value.
+        """
+        register_classes(result)
+        leaves, spec = flatten(result)
+        sources: list[int | None] = []
+        constants: list[Any] = []
+        names: list[str] = []
+        tensors: list[Any] = []
+        integers = set()
+        for path, leaf in leaves:
+            computed = isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+            constants.append(None if computed else leaf)
+            if not computed:
+                if not isinstance(leaf, (*PLAIN, torch.dtype, torch.device)):
+                    raise UsageError(
+                        f"the module returns a {type(leaf).__name__}, which cannot be taken apart into tensors",
+                        hint="register the class with torch.utils._pytree.register_pytree_node",
+                    )
+                sources.append(None)
+                continue
+            index = next((i for i, known in enumerate(tensors) if known is leaf), None)
+            if index is None:
+                index = len(tensors)
+                tensors.append(leaf)
+                names.append(path_name(path, "output"))
+                if not isinstance(leaf, torch.Tensor):
+                    integers.add(index)
+            sources.append(index)
+        return tensors, Results(spec, sources, constants, unique_names(names), frozenset(integers))
+
+    def build(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """The result in the module's own structure and classes from the graph's outputs.
+
+        Raises:
+            UsageError: Not one tensor for every graph output.
+        """
+        if len(outputs) != len(self.names):
+            raise UsageError(f"expected {len(self.names)} outputs ({', '.join(self.names)}), got {len(outputs)}")
+        leaves = [
+            constant if source is None else outputs[source].item() if source in self.integers else outputs[source]
+            for source, constant in zip(self.sources, self.constants, strict=True)
+        ]
+        return unflatten(leaves, self.spec)

@@ -1,0 +1,253 @@
+"""Dynamic dims: what the user asked for, what torch is told, and what came out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch.export import Dim, ExportedProgram
+
+from xform.capture.torch_calling import unique_names
+from xform.errors import UsageError
+
+Requested = Mapping[str, Mapping[int, "str | tuple[str, int, int]"]]
+Dynamic = str | Requested | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DimRequest:
+    """One dim that the user named: `("seq", 1, 512)`, or `"seq"` with the range left open."""
+
+    name: str
+    low: int | None = None
+    high: int | None = None
+
+
+def parse(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, DimRequest | None]]:
+    """Per input, the dims to be dynamic, each with the request that names it (None: find out whether it can be).
+
+    Args:
+        dynamic: None; `"auto"`; or per graph input `{axis: "name"}` or `{axis: ("name", low, high)}`, where one name
+            means one size, and negative axes count from the end.
+
+    Raises:
+        UsageError: An input or axis that does not exist, or a request that is not of this form.
+    """
+    if dynamic is None:
+        return {}
+    if isinstance(dynamic, str):
+        if dynamic != "auto":
+            raise UsageError(f"dynamic={dynamic!r} is not known", hint='use None, "auto", or a dict of named dims')
+        found = {name: _candidates(name, tensor) for name, tensor in inputs.items()}
+        return {name: dict.fromkeys(axes) for name, axes in found.items() if axes}
+    requests: dict[str, dict[int, DimRequest | None]] = {}
+    for name, dims in dynamic.items():
+        if name not in inputs:
+            raise UsageError(f"dynamic names the input {name!r}, which does not exist", hint=f"inputs: {list(inputs)}")
+        rank = inputs[name].ndim
+        for axis, request in dims.items():
+            if not -rank <= axis < rank:
+                raise UsageError(f"dynamic names axis {axis} of {name!r}, which has {rank} dims")
+            requests.setdefault(name, {})[axis % rank] = _request(name, axis, request)
+    return requests
+
+
+def _request(name: str, axis: int, request: Any) -> DimRequest:
+    if isinstance(request, str):
+        return DimRequest(request)
+    match request:
+        case (str() as label, int() as low, int() as high) if 0 < low < high:
+            return DimRequest(label, low, high)
+    raise UsageError(
+        f"dynamic[{name!r}][{axis}] = {request!r} is not a dim", hint='write "name" or ("name", smallest, largest)'
+    )
+
+
+def _candidates(name: str, tensor: torch.Tensor) -> list[int]:
+    """Axes that may be batch or sequence dims.
+
+    Those are the first axis of every tensor, and every axis of tensors that are not feature maps: token ids, masks,
+    embeddings [batch, sequence, features], waveforms [batch, time]; of a cached key or value
+    [batch, heads, sequence, head size] the third. Height and width of images stay as they are in the example: a
+    network that is fixed to one size loses nothing, and any other would pay for shape arithmetic at run time.
+    """
+    if tensor.ndim <= 3 or not tensor.is_floating_point():
+        return list(range(tensor.ndim))
+    return [0, 2] if tensor.ndim == 4 and name.endswith((".keys", ".values")) else [0]
+
+
+def _widen(inputs: Mapping[str, torch.Tensor], axis: int, names: list[str]) -> dict[str, torch.Tensor]:
+    """The inputs with one axis of these doubled by repetition, where it has size 1 in all of them."""
+    widened = dict(inputs)
+    if all(inputs[name].shape[axis] == 1 for name in names):
+        widened.update({name: torch.cat([inputs[name], inputs[name]], dim=axis) for name in names})
+    return widened
+
+
+Attempt = tuple[dict[str, torch.Tensor], dict[str, dict[int, "DimRequest | None"]]]
+
+
+def attempts(
+    inputs: Mapping[str, torch.Tensor], requests: dict[str, dict[int, DimRequest | None]], dynamic: Dynamic
+) -> list[Attempt]:
+    """Example inputs and dynamic dims to export with, the most general first.
+
+    torch.export takes the sizes 0 and 1 of an example for constants, because broadcasting depends on them. So where a
+    dim is to be dynamic, examples of size 1 are doubled: the batch, and the length of a sequence of ids or masks.
+    """
+    example = dict(inputs)
+    if not requests:
+        return [(example, {})]
+    batched = _widen(inputs, 0, [name for name, axes in requests.items() if 0 in axes])
+    ids = [name for name in requests if inputs[name].ndim == 2 and not inputs[name].is_floating_point()]
+    lengthened = _widen(batched, 1, ids)
+    if dynamic != "auto":
+        return [(lengthened, requests), (batched, requests), (example, requests)]
+    batch_only = {name: {0: axes[0]} for name, axes in requests.items() if 0 in axes}
+    return [(lengthened, requests), (batched, requests), (batched, batch_only), (example, {})]
+
+
+def export_shapes(
+    inputs: Mapping[str, torch.Tensor], requests: Mapping[str, Mapping[int, DimRequest | None]]
+) -> tuple[dict[int, Any], ...]:
+    """torch.export's `dynamic_shapes`, one dict per input tensor."""
+    dims: dict[str, Any] = {}
+    shapes = []
+    for name in inputs:
+        shape: dict[int, Any] = {}
+        for axis, request in requests.get(name, {}).items():
+            if request is None:
+                shape[axis] = Dim.AUTO
+                continue
+            if request.name not in dims:
+                # torch.export reasons from size 2 on; smaller sizes stay allowed by leaving the lower end open.
+                low = None if request.low is None or request.low < 2 else request.low
+                dims[request.name] = Dim(request.name, min=low, max=request.high)
+            shape[axis] = dims[request.name]
+        shapes.append(shape)
+    return tuple(shapes)
+
+
+def sizes_of(
+    program: ExportedProgram, names: Sequence[str], requests: Mapping[str, Mapping[int, DimRequest | None]]
+) -> tuple[Sizes, dict[str, str]]:
+    """The sizes that a program takes, with symbols renamed, and how they were renamed.
+
+    A symbol is called as requested, or else `batch` as the first axis of an input, `sequence` as the second axis of
+    ids, embeddings or waveforms, and otherwise after the first input axis that it is the size of.
+    """
+    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    symbols: dict[str, str] = {}
+    batch_size: int | None = None
+    for name, tensor in zip(names, tensors, strict=True):
+        for axis, size in enumerate(tensor.shape):
+            expression = None if isinstance(size, int) else size.node.expr
+            if isinstance(expression, sympy.Symbol) and str(expression) not in symbols:
+                request = requests.get(name, {}).get(axis)
+                wanted = request.name if request is not None else _symbol_name(name, axis, tensor.ndim)
+                # Where torch found no reason for two batches to be equal, being equal in the example is reason enough.
+                same_batch = wanted == "batch" and batch_size in (None, size.node.hint)
+                batch_size = size.node.hint if same_batch else batch_size
+                taken = [] if same_batch else list(symbols.values())
+                symbols[str(expression)] = unique_names([wanted], taken)[0]
+    renaming = {sympy.Symbol(old): sympy.Symbol(new, integer=True) for old, new in symbols.items()}
+    shapes = {
+        name: tuple(_renamed(size, renaming) for size in tensor.shape)
+        for name, tensor in zip(names, tensors, strict=True)
+    }
+    return Sizes(shapes, _ranges(program, symbols, requests)), symbols
+
+
+def _symbol_name(name: str, axis: int, rank: int) -> str:
+    if axis == 0:
+        return "batch"
+    if axis == 1 and rank in (2, 3):
+        return "sequence"
+    return re.sub(r"\W", "_", f"{name}_{axis}")
+
+
+def _renamed(size: int | torch.SymInt, renaming: Mapping[sympy.Symbol, sympy.Symbol]) -> Size:
+    if isinstance(size, int):
+        return size
+    by_name = {str(old): new for old, new in renaming.items()}
+    expression = size.node.expr
+    return expression.subs({symbol: by_name.get(str(symbol), symbol) for symbol in expression.free_symbols})
+
+
+def _ranges(
+    program: ExportedProgram,
+    symbols: Mapping[str, str],
+    requests: Mapping[str, Mapping[int, DimRequest | None]],
+) -> dict[str, tuple[int, int | None]]:
+    asked = {r.name: r for dims in requests.values() for r in dims.values() if r is not None}
+    ranges: dict[str, tuple[int, int | None]] = {}
+    for symbol, limits in program.range_constraints.items():
+        name = symbols.get(str(symbol))
+        if name is None:
+            continue
+        # What torch calls "at least 2" is its own reservation about the sizes 0 and 1, not the model's.
+        low = 1 if limits.lower <= 2 else int(limits.lower)
+        low = asked[name].low or low if name in asked else low
+        ranges[name] = (low, int(limits.upper) if limits.upper.is_Integer else None)
+    return ranges
+
+
+Size = Any  # int, or a sympy expression of symbols
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes that a captured graph takes: per input, each dim as a number or an expression of named symbols.
+
+    Attributes:
+        shapes: Per input, its dims.
+        ranges: Per symbol, its smallest and largest size (None: no upper limit).
+    """
+
+    shapes: dict[str, tuple[Size, ...]]
+    ranges: dict[str, tuple[int, int | None]]
+
+    def dims(self) -> dict[str, dict[int, str]]:
+        """Per input, its dynamic axes with their names or expressions."""
+        return {
+            name: axes
+            for name, shape in self.shapes.items()
+            if (axes := {axis: str(size) for axis, size in enumerate(shape) if not isinstance(size, int)})
+        }
+
+    def mismatch(self, inputs: Mapping[str, torch.Tensor]) -> str | None:
+        """Why these inputs' shapes are not among those captured, or None if they are."""
+        bound: dict[sympy.Symbol, int] = {}
+        for name, shape in self.shapes.items():
+            if inputs[name].ndim != len(shape):
+                return f"{name} has {inputs[name].ndim} dims, captured with {len(shape)}"
+            for size, actual in zip(shape, inputs[name].shape, strict=True):
+                if isinstance(size, sympy.Symbol):
+                    bound.setdefault(size, int(actual))
+        for name, shape in self.shapes.items():
+            for axis, (size, actual) in enumerate(zip(shape, inputs[name].shape, strict=True)):
+                expected = size if isinstance(size, int) else _evaluate(size, int(actual), bound)
+                if expected != int(actual):
+                    return f"{name} has size {int(actual)} in axis {axis}, captured with {size}"
+        for symbol, actual in bound.items():
+            low, high = self.ranges.get(str(symbol), (0, None))
+            if actual < low or (high is not None and actual > high):
+                return f"{symbol} is {actual}, captured for {low} to {'any size' if high is None else high}"
+        return None
+
+
+def _evaluate(size: sympy.Expr, actual: int, bound: dict[sympy.Symbol, int]) -> int | None:
+    """The value of a dim's expression, binding its one free symbol from the actual size where that is needed."""
+    free = [symbol for symbol in size.free_symbols if symbol not in bound]
+    if len(free) == 1:
+        solutions = [s for s in sympy.solve(size.subs(bound) - actual, free[0]) if s.is_Integer]
+        if not solutions:
+            return None
+        bound[free[0]] = int(solutions[0])
+    value = size.subs(bound)
+    return int(value) if value.is_Integer else None

@@ -1,0 +1,173 @@
+"""A PyTorch module as a graph, and the way back: calls with the module's own arguments and results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from xform.capture import torch_dynamic
+from xform.capture.torch_calling import Arguments, Results, Signature
+from xform.capture.torch_dynamic import DimRequest, Dynamic, Sizes
+from xform.capture.torch_errors import capture_error
+from xform.capture.torch_graph import canonical_container
+from xform.capture.torch_normalize import normalize
+from xform.capture.torch_onnx import translate
+from xform.capture.torch_program import FlatModule, evaluating, export
+from xform.errors import CaptureError, UsageError
+
+Source = torch.nn.Module | ExportedProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedModule:
+    """A captured module: its graph, and how calls of the module become calls of the graph.
+
+    Attributes:
+        model: The graph. Inputs are named after the parameters of `forward` (`ids`, `images_0`, `batch.mask`),
+            outputs after the fields of the result (`logits`, `output_1`), initializers as in the `state_dict`, whose
+            tensors they share.
+        dynamic_dims: Per input, its dynamic axes with their names; equal names are equal sizes.
+    """
+
+    model: ir.Model
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    sizes: Sizes
+    _signature: Signature
+    _example: Arguments
+    _results: Results
+
+    @property
+    def dynamic_dims(self) -> dict[str, dict[int, str]]:
+        return self.sizes.dims()
+
+    @property
+    def dim_ranges(self) -> dict[str, tuple[int, int | None]]:
+        """Smallest and largest size (None: no limit) per name of a dynamic dim."""
+        return dict(self.sizes.ranges)
+
+    def flatten(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        """The graph's inputs by name for one call of the module.
+
+        Complex tensors come as real ones with a last dim of 2, as the graph takes them.
+
+        Raises:
+            UsageError: The call is not one that was captured: other arguments, other plain values, dtypes or sizes.
+        """
+        arguments = self._signature.flatten(args, kwargs or {})
+        if (reason := self._mismatch(arguments)) is not None:
+            raise UsageError(
+                f"this call differs from the captured one: {reason}",
+                hint="capture again with these arguments, or with dynamic dims where only sizes differ",
+            )
+        return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in arguments.tensors.items()}
+
+    def unflatten(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """The module's result, in its own classes, from the graph's outputs in order.
+
+        Raises:
+            UsageError: Not one tensor for every graph output.
+        """
+        return self._results.build(outputs)
+
+    def accepts(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Whether a call is one that was captured: the same but for tensor values and sizes of dynamic dims."""
+        return self.refuses(args, kwargs) is None
+
+    def refuses(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
+        """Why a call is not one that was captured, or None if it is."""
+        return self._mismatch(self._signature.flatten(args, kwargs or {}))
+
+    def _mismatch(self, arguments: Arguments) -> str | None:
+        example = self._example
+        if arguments.order != example.order:
+            return f"it has the arguments {list(arguments.order)}, captured with {list(example.order)}"
+        if list(arguments.tensors) != list(example.tensors):
+            return f"{list(arguments.tensors)} are tensors, captured with {list(example.tensors)}"
+        for name, value in example.constants.items():
+            if type(arguments.constants[name]) is not type(value) or arguments.constants[name] != value:
+                return f"{name} is {arguments.constants[name]!r}, captured with {value!r}"
+        if arguments.spec != example.spec:
+            return "its arguments are nested differently"
+        for name, tensor in example.tensors.items():
+            if arguments.tensors[name].dtype is not tensor.dtype:
+                return f"{name} is {arguments.tensors[name].dtype}, captured with {tensor.dtype}"
+        return self.sizes.mismatch(arguments.tensors)
+
+
+def capture_torch(
+    module: torch.nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Dynamic = None,
+) -> CapturedModule:
+    """Capture a module as a graph that computes what the module computes in evaluation mode.
+
+    The module is put in evaluation mode for the capture and gets its training flags back; nothing else of it changes,
+    and the graph shares its tensors.
+
+    Args:
+        module: An nn.Module, an fx.GraphModule, or an ExportedProgram (which brings its own inputs and dynamic dims).
+        args: Example positional arguments. Tensors become graph inputs; numbers, strings and None are part of the
+            capture.
+        kwargs: Example keyword arguments.
+        dynamic: Which sizes may differ from call to call. None: none. `"auto"`: batch and sequence dims are found. A
+            dict names dims of graph inputs: `{"ids": {0: "batch", 1: ("seq", 1, 512)}}`.
+
+    Raises:
+        UsageError: Arguments that do not fit, or a malformed `dynamic`.
+        CaptureError: torch.export or the translation to ONNX failed; says at which line of the model, and what to try.
+    """
+    if isinstance(module, (str, bytes, os.PathLike)):
+        raise CaptureError(
+            f"{module!r} is not a module; files of pickled torch objects are never loaded",
+            hint="build the module in Python, load its weights there (safetensors), and pass the module",
+        )
+    if isinstance(module, ExportedProgram):
+        raise NotImplementedError
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module cannot be captured", hint="pass the nn.Module it was made from")
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"cannot capture a {type(module).__name__}", hint="pass an nn.Module or an ExportedProgram")
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
+    signature = Signature.of(module)
+    arguments = signature.flatten(args, kwargs or {})
+    requests = torch_dynamic.parse(dynamic, arguments.tensors)
+    with evaluating(module):
+        return _capture(module, signature, arguments, requests, dynamic)
+
+
+def _capture(
+    module: torch.nn.Module,
+    signature: Signature,
+    arguments: Arguments,
+    requests: dict[str, dict[int, DimRequest | None]],
+    dynamic: Dynamic,
+) -> CapturedModule:
+    attempts = torch_dynamic.attempts(arguments.tensors, requests, dynamic)
+    for number, (tensors, tried) in enumerate(attempts, start=1):
+        flat = FlatModule(module, signature, arguments)
+        try:
+            program = export(flat, tensors, torch_dynamic.export_shapes(tensors, tried))
+        except Exception as error:
+            if number < len(attempts):
+                continue
+            raise capture_error(f"torch.export cannot capture {type(module).__name__}", error) from error
+        sizes, symbols = torch_dynamic.sizes_of(program, list(arguments.tensors), tried)
+        try:
+            normalize(program)
+            model = translate(program)
+        except Exception as error:
+            raise capture_error(f"{type(module).__name__} cannot be translated", error) from error
+        results = flat.results
+        model = canonical_container(model, list(arguments.tensors), results.names, symbols)
+        outputs = tuple(value.name or "" for value in model.graph.outputs)
+        return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)
+    raise AssertionError("no attempt was made")

@@ -1,0 +1,108 @@
+"""torch.export, run so that the user's module is left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from xform.capture.torch_calling import Arguments, Results, Signature
+
+PREFIX = "module."
+
+
+class _Holder:
+    results: Results | None = None
+
+
+class FlatModule(torch.nn.Module):
+    """A module called with its tensors only, one after the other, that gives its result's tensors as a tuple.
+
+    torch.export sees a flat signature this way, and how arguments and results are nested is known here alone.
+
+    Args:
+        module: The module to call; it becomes a submodule, so its tensors are called `module.<name>`.
+        signature: How its calls are bound.
+        arguments: An example call: its structure and plain values are part of every call.
+    """
+
+    def __init__(self, module: torch.nn.Module, signature: Signature, arguments: Arguments) -> None:
+        super().__init__()
+        self.module = module
+        self.training = False
+        self._signature = signature
+        self._arguments = arguments
+        # In an object of its own: torch.export undoes what a module assigns to its attributes, lists and dicts too.
+        self._last = _Holder()
+
+    @property
+    def results(self) -> Results:
+        """How the result of the last call is put together."""
+        if self._last.results is None:
+            raise RuntimeError("the module has not been called yet")
+        return self._last.results
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Call the module with these tensors in the places of the example's, and remember the result's structure."""
+        args, kwargs = self._signature.call_form(self._arguments.tree(tensors))
+        outputs, self._last.results = Results.of(self.module(*args, **kwargs))
+        return tuple(outputs)
+
+
+@contextlib.contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; every submodule's own training flag is put back afterwards."""
+    flags = [(child, child.training) for child in module.modules()]
+    try:
+        if any(flag for _, flag in flags):
+            module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for child, flag in flags:
+            child.training = flag
+
+
+def export(
+    module: FlatModule, tensors: Mapping[str, torch.Tensor], shapes: Sequence[Mapping[int, Any]]
+) -> ExportedProgram:
+    """torch.export of a flat module; torch's notes about buffers and dims are not the user's to act on.
+
+    Raises:
+        Exception: Whatever torch.export raises, user code included.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dynamic_shapes = {"tensors": tuple(dict(shape) for shape in shapes)} if any(shapes) else None
+        return torch.export.export(module, tuple(tensors.values()), dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def copy_program(program: ExportedProgram) -> ExportedProgram:
+    """The same program with a graph of its own; tensors are shared."""
+    graph_module = torch.fx.GraphModule(program.graph_module, _copy_graph(program.graph_module))
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _copy_graph(module: torch.fx.GraphModule) -> torch.fx.Graph:
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    result = graph.graph_copy(module.graph, mapping)
+    output = next(iter(reversed(module.graph.nodes)))
+    graph.output(result).meta = dict(output.meta)
+    for old, new in mapping.items():
+        new.name = old.name
+    return graph
