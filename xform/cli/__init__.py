@@ -1,0 +1,128 @@
+"""The command line. `main` turns every outcome into an exit code; docs/errors-and-exit-codes.md lists them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from xform.cli import bench, bisect, diff, doctor, explain, inspect, optimize, passes, verify
+from xform.cli.common import Session, first_line
+from xform.errors import UsageError, XformError
+
+INTERRUPTED = 130
+TERMINATED = 143
+INTERNAL = 1
+
+# typer brings its own copy of click from some version on; its errors share this base in either case
+_ClickError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def _build_app() -> typer.Typer:
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Optimize trained networks; every rewrite verified, nothing silent.",
+    )
+    app.callback()(_root)
+    for name, command in (
+        ("optimize", optimize.optimize),
+        ("inspect", inspect.inspect),
+        ("explain", explain.explain),
+        ("verify", verify.verify),
+        ("bisect", bisect.bisect),
+        ("diff", diff.diff),
+        ("bench", bench.bench),
+        ("passes", passes.passes),
+        ("doctor", doctor.doctor),
+    ):
+        app.command(name)(command)
+    return app
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"xform {version('xform')}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+    """
+    session = Session()
+    code = _run(sys.argv[1:] if argv is None else argv, session)
+    try:
+        session.finish(code)
+    except BrokenPipeError:  # the reader of stdout has gone; Python must not try to flush it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _run(argv: Sequence[str], session: Session) -> int:
+    previous = signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+    try:
+        result = _build_app()(args=list(argv), prog_name="xform", obj=session, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except XformError as error:
+        _trace(session)
+        return session.fail(error)
+    except _ClickError as error:
+        return session.fail(_usage_error(error))
+    except (KeyboardInterrupt, typer.Abort):
+        session.say("interrupted", style="red")
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        return _internal(error, session)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _usage_error(error: BaseException) -> UsageError:
+    """Click's complaint as ours, with the command whose help to read."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "xform"
+    message = getattr(error, "format_message", lambda: first_line(error))()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        message = "no command given\n\n" + message
+    return UsageError(message, hint=f"see `{command} --help`")
+
+
+def _internal(error: Exception, session: Session) -> int:
+    """An exception that nobody meant: a bug, told in one line."""
+    summary = f"{type(error).__name__}: {first_line(error)}"
+    session.document["error"] = {"kind": "internal", "what": summary, "where": [], "hint": "run again with --debug"}
+    _trace(session)
+    more = "" if session.debug else " (a bug in xform; run again with --debug for the traceback)"
+    session.say(f"internal error: {summary}{more}", style="red", soft_wrap=True)
+    return INTERNAL
+
+
+def _trace(session: Session) -> None:
+    if session.debug:
+        session.say(traceback.format_exc(), soft_wrap=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)

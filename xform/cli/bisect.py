@@ -1,0 +1,86 @@
+"""`xform bisect`: the first pass that makes a model wrong, its first bad rewrite, and the node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from xform.cli.common import (
+    Debug,
+    InputsPath,
+    Json,
+    ModelPath,
+    PassNames,
+    Preset,
+    Seed,
+    Session,
+    Settings,
+    Sizes,
+    TargetText,
+    ToleranceOption,
+    parse_sizes,
+    read_inputs,
+    session_of,
+)
+from xform.cli.pass_options import requested_passes
+from xform.cli.progress import progress_bar
+from xform.errors import VerificationError
+from xform.report.terminal import facts_table
+
+if TYPE_CHECKING:
+    from xform.pipeline.bisect import BisectResult
+
+
+def bisect(
+    context: typer.Context,
+    model: ModelPath,
+    target: TargetText = "cpu",
+    preset: Preset = "exact",
+    passes: PassNames = None,
+    set_: Settings = None,
+    inputs: InputsPath = None,
+    size: Sizes = None,
+    tolerance: ToleranceOption = None,
+    seed: Seed = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Name the first pass that changes what the model computes, and where in it (exit code 5 if there is one)."""
+    from xform.capture.onnx_file import capture_onnx
+    from xform.pipeline.bisect import bisect as search
+
+    session = session_of(context)
+    wanted = requested_passes(preset, passes, set_)
+    with progress_bar(session, "reading") as advance:
+        result = search(
+            capture_onnx(model),
+            wanted,
+            target=target,
+            inputs=read_inputs(inputs),
+            sizes=parse_sizes(size),
+            tolerance=tolerance,
+            progress=advance,
+            seed=seed,
+        )
+    session.document.update({"model": str(model), "passes": [p.name for p in wanted], **result.as_dict()})
+    if not result.found:
+        session.say(f"all {len(wanted)} passes keep the numbers", style="green")
+        return
+    _show(session, result)
+    raise VerificationError(
+        f"pass {result.bad_pass} is wrong: {result.reason}",
+        where=result.nodes,
+        hint="leave it out with --passes, and report it with the model if you can",
+    )
+
+
+def _show(session: Session, result: BisectResult) -> None:
+    rows = [("first bad pass", f"{result.bad_pass} (number {(result.index or 0) + 1})")]
+    if result.rule:
+        rows.append(("first bad rewrite", f"{result.rule}, application {result.application}"))
+    if result.nodes:
+        rows.append(("at", ", ".join(result.nodes)))
+    if result.divergence is not None:
+        rows += [(f"first difference: {name}", str(value)) for name, value in vars(result.divergence).items()]
+    session.say(facts_table(rows))

@@ -1,0 +1,81 @@
+"""`xform verify`: do two models compute the same numbers?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from xform.cli.common import (
+    Debug,
+    InputsPath,
+    Json,
+    Seed,
+    Session,
+    Sizes,
+    ToleranceOption,
+    parse_sizes,
+    read_inputs,
+    session_of,
+)
+from xform.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from xform.pipeline.verify import Verification
+
+
+def verify(
+    context: typer.Context,
+    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="ONNX file that is right.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="ONNX file to compare with it.")],
+    inputs: InputsPath = None,
+    size: Sizes = None,
+    tolerance: ToleranceOption = None,
+    fidelity: Annotated[
+        str, typer.Option("--fidelity", help="Whose tolerances to apply without --tolerance: exact or approximate.")
+    ] = "exact",
+    seed: Seed = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two models numerically on the same inputs; exit code 5 if they differ."""
+    from xform.capture.onnx_file import capture_onnx
+    from xform.pipeline.verify import verify as compare
+
+    session = session_of(context)
+    if fidelity not in ("exact", "approximate"):
+        raise UsageError(f"unknown fidelity {fidelity!r}", hint="use exact or approximate")
+    feeds, sizes = read_inputs(inputs), parse_sizes(size)
+    first, second = capture_onnx(reference), capture_onnx(candidate)
+    outcome = compare(
+        first,
+        second,
+        inputs=feeds,
+        sizes=sizes,
+        tolerance=tolerance,
+        fidelity="exact" if fidelity == "exact" else "approximate",
+        seed=seed,
+    )
+    session.document.update(outcome.as_dict())
+    _show(session, outcome)
+    if not outcome.ok:
+        kind = "could not be compared" if outcome.state == "unverified" else "differ"
+        raise VerificationError(f"the models {kind}: {outcome.reason}", where=[str(reference), str(candidate)])
+    session.say("equal within tolerance", style="green")
+
+
+def _show(session: Session, outcome: Verification) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("output", "inputs", "max abs error", "max rel error", "allowed", ""):
+        table.add_column(name, overflow="fold")
+    for row in outcome.outputs:
+        allowed = f"{row.rtol:g} rel + {row.atol:g}"
+        verdict = "ok" if row.agrees else row.reason
+        errors = (f"{row.max_abs_error:.2e}", f"{row.max_rel_error:.2e}")
+        table.add_row(row.output, row.inputs, *errors, allowed, verdict, style=None if row.agrees else "red")
+    if outcome.outputs:
+        session.say(table)
+    for note in outcome.notes:
+        session.say(f"note: {note}", style="yellow")

@@ -1,0 +1,164 @@
+"""Latency of models side by side: each in a process of its own, measured in turn.
+
+Two live sessions in one process steal each other's cores through spinning threads (a factor of two was seen), and a
+machine's speed drifts, so contenders take turns and are compared round by round.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xform.errors import TargetError
+from xform.report.schema import LatencyReport
+
+_WORKER = Path(__file__).with_name("latency_worker.py")
+_PAUSE = 0.05  # seconds for the threads of the one before to stop spinning
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one model.
+
+    Attributes:
+        model: Its file.
+        rounds_ms: Median milliseconds of each round.
+        runs: Number of runs in all.
+        fastest_ms: The fastest run.
+    """
+
+    model: Path
+    rounds_ms: tuple[float, ...]
+    runs: int
+    fastest_ms: float
+
+    @property
+    def median_ms(self) -> float:
+        """Median of the rounds' medians."""
+        return statistics.median(self.rounds_ms)
+
+    def speedup_over(self, other: Timing) -> float:
+        """How many times as fast as `other`: the median over rounds of the ratio within a round."""
+        return statistics.median(b / a for a, b in zip(self.rounds_ms, other.rounds_ms, strict=True))
+
+
+def measure(
+    models: Sequence[Path],
+    feeds: Mapping[str, Any],
+    *,
+    rounds: int = 7,
+    seconds: float = 0.3,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Timing]:
+    """Measure ONNX files with ONNX Runtime's default settings.
+
+    Args:
+        models: The contenders.
+        feeds: Inputs by name, the same for all; a model that lacks one is an error.
+        rounds: How often each is measured; the order within a round alternates.
+        seconds: How long one measurement runs (at least a few runs).
+        threads: Intra-op threads; None for the runtime's default.
+        progress: Called with what was measured, how many measurements are done, and how many there are.
+
+    Raises:
+        TargetError: A model could not be loaded or run.
+    """
+    with tempfile.TemporaryDirectory(prefix="xform-bench-") as folder:
+        inputs = Path(folder, "feeds.npz")
+        with inputs.open("wb") as file:
+            np.savez(file, **{name: np.asarray(value) for name, value in feeds.items()})
+        workers: list[_Contender] = []
+        try:
+            for model in models:
+                workers.append(_Contender(model, inputs, threads))
+            return _take_turns(workers, rounds, seconds, progress)
+        finally:
+            for worker in workers:
+                worker.close()
+
+
+def compare(before: Path, after: Path, feeds: Mapping[str, Any], **options: Any) -> LatencyReport:
+    """Latency before and after, for a report. Options as for `measure`."""
+    old, new = measure([before, after], feeds, **options)
+    rounds, threads = len(old.rounds_ms), options.get("threads")
+    return LatencyReport(old.median_ms, new.median_ms, new.speedup_over(old), rounds, threads)
+
+
+def _take_turns(
+    workers: Sequence[_Contender], rounds: int, seconds: float, progress: Callable[[str, int, int], None] | None
+) -> list[Timing]:
+    medians: list[list[float]] = [[] for _ in workers]
+    everything: list[list[float]] = [[] for _ in workers]
+    done = 0
+    for number in range(rounds):
+        order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
+        for index in order:
+            time.sleep(_PAUSE)
+            times = workers[index].round(seconds)
+            medians[index].append(statistics.median(times))
+            everything[index] += times
+            done += 1
+            if progress is not None:
+                progress(f"measured {workers[index].model.name}", done, rounds * len(workers))
+    return [
+        Timing(worker.model, tuple(ms), len(runs), min(runs))
+        for worker, ms, runs in zip(workers, medians, everything, strict=True)
+    ]
+
+
+class _Contender:
+    """A worker process with one model loaded."""
+
+    def __init__(self, model: Path, feeds: Path, threads: int | None) -> None:
+        self.model = model
+        # -P keeps the worker's folder off its module path: files there must not shadow installed modules
+        command = [sys.executable, "-P", str(_WORKER)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._ask({"model": str(model), "feeds": str(feeds), "threads": threads})
+
+    def round(self, seconds: float) -> list[float]:
+        """Milliseconds of each run of one round."""
+        times: list[float] = self._ask({"seconds": seconds})["ms"]
+        return times
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            self.close()
+            raise TargetError(f"ONNX Runtime could not run the model: {answer['error']}", where=str(self.model))
+        return answer
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        text = self._process.stderr.read().strip() if self._process.stderr else ""
+        return f"its process ended with status {code}: {text[-400:]}"
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None and not stream.closed:
+                stream.close()

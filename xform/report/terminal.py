@@ -1,0 +1,186 @@
+"""A report for the terminal, as rich renderables, and the wording that the HTML report shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from xform.report.schema import PassReport, Report, Size
+from xform.rewrite.remarks import Remark
+
+NODES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Remarks of one rule with one reason, told as one line.
+
+    Attributes:
+        rule: "pass/rule", or just the pass where the two have one name.
+        verdict: Verdict of all of them.
+        reason: Their reason.
+        concept: Their concept.
+        count: How many there are.
+        nodes: All their nodes, in order.
+    """
+
+    rule: str
+    verdict: str
+    reason: str
+    concept: str
+    count: int
+    nodes: tuple[str, ...]
+
+
+def findings(remarks: Iterable[Remark]) -> list[Finding]:
+    """Group remarks by rule, verdict and reason, most frequent first."""
+    groups: dict[tuple[str, str, str, str], list[Remark]] = {}
+    for remark in remarks:
+        rule = remark.pass_name if remark.rule in ("", remark.pass_name) else f"{remark.pass_name}/{remark.rule}"
+        groups.setdefault((rule, remark.verdict, remark.reason, remark.concept), []).append(remark)
+    found = [
+        Finding(rule, verdict, reason, concept, len(group), tuple(node for remark in group for node in remark.nodes))
+        for (rule, verdict, reason, concept), group in groups.items()
+    ]
+    return sorted(found, key=lambda finding: -finding.count)
+
+
+def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
+    """Everything that a user should see after an optimization.
+
+    Args:
+        verbose: Show passes that had nothing to do, and every missed remark with all its nodes.
+    """
+    parts: list[RenderableType] = [Text(headline(report), style="bold"), pass_table(report.passes, verbose=verbose)]
+    parts.append(facts_table(facts(report)))
+    missed = findings(r for r in report.remarks if r.verdict != "applied")
+    if missed:
+        parts += [Text("\nnot done, and why", style="bold"), findings_table(missed, limit=None if verbose else 12)]
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
+    return Group(*parts)
+
+
+def headline(report: Report) -> str:
+    """`model.onnx for cpu with onnxruntime, preset exact`."""
+    return f"{report.source} for {report.target} with {report.backend}, preset {report.preset}"
+
+
+def pass_table(passes: Sequence[PassReport], *, verbose: bool = False) -> RenderableType:
+    """One row per pass that did or missed something."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("pass", no_wrap=True)
+    for name in ("applied", "missed", "undone", "nodes", "rel error", "seconds"):
+        table.add_column(name, justify="right")
+    shown = [p for p in passes if verbose or p.status != "unchanged" or p.missed]
+    for entry in shown:
+        style = "red" if entry.status == "rolled_back" else None
+        table.add_row(entry.name, *pass_cells(entry), style=style)
+    idle = len(passes) - len(shown)
+    if not idle:
+        return table
+    return Group(table, Text(f"{idle} more pass runs found nothing to do", style="dim"))
+
+
+def pass_cells(entry: PassReport) -> list[str]:
+    """Cells of a pass's row, after its name."""
+    return [
+        str(entry.applied or ""),
+        str(entry.missed or ""),
+        str(entry.rolled_back or ("all" if entry.status == "rolled_back" else "")),
+        change(entry.before.nodes if entry.before else None, entry.after.nodes if entry.after else None),
+        "" if entry.max_rel_error is None else f"{entry.max_rel_error:.1e}",
+        f"{entry.seconds:.2f}",
+    ]
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """What changed overall, as name and value."""
+    rows: list[tuple[str, str]] = []
+    if report.before and report.after:
+        rows += _size_facts(report.before, report.after)
+    if report.opset_before is not None:
+        rows.append(("opset", change(report.opset_before, report.opset_after)))
+    if report.concepts:
+        rows.append(("found", ", ".join(f"{count} {name}" for name, count in sorted(report.concepts.items()))))
+    if report.placement:
+        rows.append(("runs on", ", ".join(f"{where}: {count} nodes" for where, count in report.placement.items())))
+    rows.append(("verified", verification_text(report)))
+    if report.latency is not None:
+        latency = report.latency
+        rows.append(
+            (
+                "latency",
+                f"{latency.before_ms:.2f} -> {latency.after_ms:.2f} ms, {latency.speedup:.2f} times as fast "
+                f"(medians of {latency.rounds} rounds in turn)",
+            )
+        )
+    if report.seconds:
+        rows.append(("time", ", ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items())))
+    return rows
+
+
+def _size_facts(before: Size, after: Size) -> list[tuple[str, str]]:
+    rows = [
+        ("nodes", change(before.nodes, after.nodes)),
+        ("parameters", change(before.parameters, after.parameters)),
+        ("weights", change(before.bytes, after.bytes) + " bytes"),
+    ]
+    if before.flops is not None or after.flops is not None:
+        rows.append(("FLOPs", change(before.flops, after.flops)))
+    return rows
+
+
+def verification_text(report: Report) -> str:
+    """The outcome of verification in words."""
+    outcome = report.verification
+    if outcome.passed is None:
+        return f"no ({outcome.reason})" if outcome.reason else f"no (verify={outcome.mode})"
+    error = "" if outcome.max_rel_error is None else f", largest relative error {outcome.max_rel_error:.1e}"
+    absolute = "" if outcome.max_abs_error is None else f", absolute {outcome.max_abs_error:.1e}"
+    on = f" on {outcome.cases} {outcome.inputs} input{'s' if outcome.cases != 1 else ''}"
+    return f"{'yes' if outcome.passed else 'FAILED: ' + outcome.reason}{on}{error}{absolute}"
+
+
+def facts_table(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and values in two columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def findings_table(found: Sequence[Finding], *, limit: int | None = None) -> RenderableType:
+    """Findings with their counts, reasons and nodes; at most `limit` of them."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("", justify="right")
+    table.add_column("rule", overflow="fold")
+    table.add_column("why", overflow="fold")
+    table.add_column("nodes", overflow="fold")
+    for finding in found[:limit]:
+        reason = f"undone: {finding.reason}" if finding.verdict == "rolled_back" else finding.reason
+        table.add_row(str(finding.count), Text(finding.rule), Text(reason), Text(node_list(finding.nodes, limit)))
+    if limit is None or len(found) <= limit:
+        return table
+    return Group(table, Text(f"and {len(found) - limit} more", style="dim"))
+
+
+def node_list(nodes: Sequence[str], limit: int | None) -> str:
+    """The first nodes by name, and how many there are besides."""
+    if limit is None or len(nodes) <= NODES_SHOWN:
+        return ", ".join(nodes)
+    return ", ".join(nodes[:NODES_SHOWN]) + f" and {len(nodes) - NODES_SHOWN} more"
+
+
+def change(before: int | None, after: int | None) -> str:
+    """`430 -> 210`, or one number where nothing changed."""
+    if before is None and after is None:
+        return "unknown"
+    if before == after:
+        return f"{after:,}"
+    return " -> ".join("unknown" if n is None else f"{n:,}" for n in (before, after))
