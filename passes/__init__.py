@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from xform.passes.canonicalize.raise_activation import RaiseActivation
+from xform.passes.canonicalize.raise_gelu import RaiseGelu
+from xform.passes.canonicalize.raise_layer_norm import RaiseLayerNorm
+from xform.passes.canonicalize.raise_linear import RaiseLinear
+from xform.passes.canonicalize.raise_rms_norm import RaiseRMSNorm
+from xform.passes.canonicalize.raise_rotary import RaiseRotary
+from xform.passes.canonicalize.raise_softmax import RaiseSoftmax
 from xform.rewrite.passes import Pass
 
 PASSES: dict[str, type[Pass]] = {
     pass_class.name: pass_class
     for pass_class in (
         # canonicalize
+        RaiseLinear,
+        RaiseLayerNorm,
+        RaiseRMSNorm,
+        RaiseGelu,
+        RaiseActivation,
+        RaiseSoftmax,
+        RaiseRotary,
         # reparameterize
         # cleanup
     )

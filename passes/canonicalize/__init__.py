@@ -1,0 +1,1 @@
+"""Raise every spelling of a concept to its semantic operator."""

@@ -96,7 +96,7 @@ class Const(Pattern):
         value: float | None = None,
         name: str | None = None,
         *,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-6,
         where: Predicate | None = None,
     ) -> None:
         self.value = value
@@ -225,7 +225,7 @@ class Flat(Pattern):
         coefficient: float | None,
         terms: Sequence[Pattern],
         *,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-6,
         name: str | None = None,
     ) -> None:
         self.kind = kind
@@ -298,12 +298,12 @@ def maybe(inner: Pattern) -> Maybe:
     return Maybe(inner)
 
 
-def product(coefficient: float | None, *terms: Pattern, name: str | None = None, tolerance: float = 1e-4) -> Flat:
+def product(coefficient: float | None, *terms: Pattern, name: str | None = None, tolerance: float = 1e-6) -> Flat:
     """`coefficient * terms[0] * terms[1] ...` in any association and order."""
     return Flat("product", coefficient, terms, name=name, tolerance=tolerance)
 
 
-def total(constant: float | None, *terms: Pattern, name: str | None = None, tolerance: float = 1e-4) -> Flat:
+def total(constant: float | None, *terms: Pattern, name: str | None = None, tolerance: float = 1e-6) -> Flat:
     """`constant + terms[0] + terms[1] ...` in any association and order."""
     return Flat("sum", constant, terms, name=name, tolerance=tolerance)
 

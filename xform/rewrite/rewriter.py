@@ -120,7 +120,7 @@ class Rewriter:
                 self._missed.clear(rule, node)
                 return result
             failure = failure or result
-        if failure is not None:
+        if failure is not None and failure.reason:
             self._missed.set(rule, node, failure)
         return None
 

@@ -25,6 +25,9 @@ class Failure:
     nodes: tuple[ir.Node, ...] = ()
 
 
+QUIET = Failure("")  # a failed condition that means "something else", about which there is nothing to tell
+
+
 @dataclass
 class RuleStatistics:
     """Counters of one rule in one run.
