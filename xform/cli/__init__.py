@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated
 
@@ -21,7 +23,7 @@ TERMINATED = 143
 INTERNAL = 1
 
 # typer brings its own copy of click from some version on; its errors share this base in either case
-_ClickError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_ClickError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def _build_app() -> typer.Typer:
@@ -69,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes the process's.
     """
-    session = Session()
-    code = _run(sys.argv[1:] if argv is None else argv, session)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    session = Session(json="--json" in arguments, debug="--debug" in arguments)
+    code = _run(arguments, session)
     try:
         session.finish(code)
     except BrokenPipeError:  # the reader of stdout has gone; Python must not try to flush it again at exit
@@ -78,10 +81,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(argv: Sequence[str], session: Session) -> int:
-    previous = signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+def _run(argv: list[str], session: Session) -> int:
+    with _terminable():
+        return _dispatch(argv, session)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = _build_app()(args=list(argv), prog_name="xform", obj=session, standalone_mode=False)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _dispatch(argv: list[str], session: Session) -> int:
+    try:
+        result = _build_app()(args=argv, prog_name="xform", obj=session, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except XformError as error:
         _trace(session)
@@ -95,8 +115,6 @@ def _run(argv: Sequence[str], session: Session) -> int:
         return 0
     except Exception as error:
         return _internal(error, session)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _usage_error(error: BaseException) -> UsageError:
@@ -105,7 +123,7 @@ def _usage_error(error: BaseException) -> UsageError:
     command = context.command_path if context is not None else "xform"
     message = getattr(error, "format_message", lambda: first_line(error))()
     if type(error).__name__ == "NoArgsIsHelpError":
-        message = "no command given\n\n" + message
+        message = "no command given"
     return UsageError(message, hint=f"see `{command} --help`")
 
 

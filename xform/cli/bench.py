@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from xform.cli.common import Debug, InputsPath, Json, Seed, Sizes, describe, parse_sizes, read_inputs, session_of
 from xform.cli.progress import progress_bar
 from xform.errors import UsageError
+from xform.report.terminal import plain_table
 
 
 def bench(
@@ -40,7 +40,7 @@ def bench(
     with progress_bar(session, "measuring") as advance:
         timings = measure(models, feeds, rounds=rounds, seconds=seconds, threads=threads, progress=advance)
     baseline = timings[0]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column("model", overflow="fold")
     for name in ("median ms", "fastest ms", "times as fast"):
         table.add_column(name, justify="right")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+_WIDTH_OF_LOGS = 140  # characters a line where stderr is no terminal
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -37,17 +39,15 @@ class Session:
         stderr: Where human output goes.
     """
 
-    def __init__(self) -> None:
-        self.json = False
-        self.debug = False
+    def __init__(self, *, json: bool = False, debug: bool = False) -> None:
+        self.json = json
+        self.debug = debug
         self.document: dict[str, Any] = {}
-        self.stderr = Console(stderr=True, highlight=False)
+        width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_LOGS
+        self.stderr = Console(stderr=True, highlight=False, width=width)
         self._stdout: TextIO = sys.stdout
-
-    def use_json(self) -> None:
-        """Keep stdout for the document: what libraries print goes to stderr."""
-        self.json = True
-        sys.stdout = sys.stderr
+        if json:  # what libraries print must not get into the document
+            sys.stdout = sys.stderr
 
     def say(self, text: object = "", **style: Any) -> None:
         """Print for humans, on stderr; `text` may be any rich renderable, and plain text is never taken for markup."""
@@ -88,24 +88,9 @@ def session_of(context: typer.Context) -> Session:
     return session
 
 
-def _use_json(context: typer.Context, value: bool) -> bool:
-    if value:
-        session_of(context).use_json()
-    return value
-
-
-def _use_debug(context: typer.Context, value: bool) -> bool:
-    if value:
-        session_of(context).debug = True
-    return value
-
-
-Json = Annotated[
-    bool, typer.Option("--json", callback=_use_json, is_eager=True, help="Print one JSON document on stdout.")
-]
-Debug = Annotated[
-    bool, typer.Option("--debug", callback=_use_debug, is_eager=True, help="Show tracebacks.", show_default=False)
-]
+# main() reads these two itself, so that they hold for usage errors too; here they are declared and documented
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.", show_default=False)]
 TargetText = Annotated[str, typer.Option("--target", help="cpu, cuda, edge or edge:<arch>.")]
 Preset = Annotated[str, typer.Option("--preset", help="Named list of passes: exact, or another of `xform passes`.")]
@@ -190,10 +175,10 @@ def parse_size(text: str) -> int:
 
 def verify_mode(text: str) -> Literal["off", "final", "each"]:
     """A mode of verification. Raises UsageError on anything else."""
-    for mode in ("off", "final", "each"):
-        if text == mode:
-            return cast('Literal["off", "final", "each"]', mode)
-    raise UsageError(f"--verify {text!r} is unknown", hint="use each, final or off")
+    modes: dict[str, Literal["off", "final", "each"]] = {"off": "off", "final": "final", "each": "each"}
+    if text not in modes:
+        raise UsageError(f"--verify {text!r} is unknown", hint="use each, final or off")
+    return modes[text]
 
 
 def split_names(text: str | None) -> list[str] | None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from xform.cli.common import Debug, Json, Session, session_of
+from xform.report.terminal import plain_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -135,7 +135,7 @@ def _show(session: Session, document: dict[str, Any]) -> None:
     for line in document["interface"]:
         session.say(line, style="yellow", soft_wrap=True)
     if document["operators"]:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table = plain_table()
         table.add_column("operator")
         for name in ("A", "B", "change"):
             table.add_column(name, justify="right")

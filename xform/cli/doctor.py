@@ -20,7 +20,7 @@ def doctor(context: typer.Context, json: Json = False, debug: Debug = False) -> 
     session = session_of(context)
     here = Environment.here()
     backends = {
-        name: {kind: backend.available(Target(kind)) for kind in KINDS if kind in backend.kinds}
+        name: {kind: backend().available(Target(kind)) for kind in KINDS if kind in backend.kinds}
         for name, backend in BACKENDS.items()
     }
     session.document.update(

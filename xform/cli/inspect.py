@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from xform.cli.common import Debug, Json, ModelPath, Session, human_bytes, session_of
-from xform.report.terminal import facts_table
+from xform.cli.common import Debug, Json, ModelPath, Session, Sizes, human_bytes, parse_sizes, session_of
+from xform.report.terminal import facts_table, plain_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from xform.graph.count import ModelCounts
+    from xform.graph.count import ModelCounts, NodeCounts
 
 
 def inspect(
@@ -23,12 +27,14 @@ def inspect(
         bool, typer.Option("--counts", help="FLOPs, bytes and parameters per operator type instead of the dump.")
     ] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="With --counts: per node too.")] = False,
+    size: Sizes = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print a model as xform reads it: functions inlined, constants lifted, at the IR's opset.
 
-    The dump (or the tables of --counts) goes to stdout, the summary to stderr.
+    The dump goes to stdout, the summary and the tables of --counts to stderr. Dynamic dimensions count as 1 unless
+    --size gives a number.
     """
     from xform.capture.onnx_file import capture_onnx
     from xform.graph.count import count
@@ -38,7 +44,7 @@ def inspect(
 
     session = session_of(context)
     graph = capture_onnx(model)
-    counted = count(graph)
+    counted = count(graph, parse_sizes(size))
     summary: dict[str, Any] = {
         "model": str(model),
         "opset": graph.meta.get("xform.source_opset"),
@@ -48,11 +54,14 @@ def inspect(
         "outputs": [_value(v) for v in graph.graph.outputs],
         "operators": count_op_types(graph),
         "concepts": count_concepts(graph),
+        "parameters": counted.parameters,
+        "parameter_bytes": counted.parameter_bytes,
         "notes": list(graph.meta.get("xform.notes", ())),
     }
     session.document.update(summary)
     _say_summary(session, summary)
     if counts:
+        session.document["counts"] = asdict(counted)
         _show_counts(session, counted, nodes)
     elif session.json:
         session.document["text"] = dump(graph)
@@ -78,8 +87,42 @@ def _say_summary(session: Session, summary: dict[str, Any]) -> None:
         ("fingerprint", summary["fingerprint"]),
         *[("input", f"{entry['name']}: {entry['type']}") for entry in summary["inputs"]],
         *[("output", f"{entry['name']}: {entry['type']}") for entry in summary["outputs"]],
+        ("parameters", f"{summary['parameters']:,} in {human_bytes(summary['parameter_bytes'])}"),
         ("contains", concepts or "none of the known concepts"),
     ]
     session.say(facts_table(rows))
     for note in summary["notes"]:
         session.say(f"note: {note}", style="yellow", soft_wrap=True)
+
+
+def _show_counts(session: Session, counted: ModelCounts, per_node: bool) -> None:
+    """Tables of counts by operator, and by node if asked, costliest first."""
+    by_op: dict[str, list[NodeCounts]] = defaultdict(list)
+    for node in counted.nodes:
+        by_op[node.op_type].append(node)
+    rows = [(op, str(len(group)), *_sums(group)) for op, group in by_op.items()]
+    total = ("total", str(len(counted.nodes)), counted.flops, counted.bytes, counted.parameters)
+    session.say(_counts_table(("operator", "nodes"), [*sorted(rows, key=lambda row: (-row[2], -row[3])), total]))
+    if per_node:
+        each = [(n.name, n.op_type, n.flops, n.bytes, n.parameters) for n in counted.nodes]
+        session.say(_counts_table(("node", "operator"), each))
+    if counted.assumed:
+        names = ", ".join(counted.assumed)
+        session.say(f"counted as 1, since --size gives no number: {names}", style="yellow", soft_wrap=True)
+    if counted.unknown:
+        session.say(f"FLOPs unknown for {len(counted.unknown)} nodes", style="yellow")
+
+
+def _sums(group: list[NodeCounts]) -> tuple[int, int, int]:
+    return sum(n.flops or 0 for n in group), sum(n.bytes for n in group), sum(n.parameters for n in group)
+
+
+def _counts_table(head: tuple[str, str], rows: Sequence[tuple[str, str, int | None, int, int]]) -> Table:
+    table = plain_table()
+    table.add_column(head[0], overflow="fold")
+    table.add_column(head[1], justify="right" if head[1] == "nodes" else "left")
+    for name in ("FLOPs", "bytes moved", "parameters"):
+        table.add_column(name, justify="right")
+    for first, second, *numbers in rows:
+        table.add_row(Text(first), second, *("?" if n is None else f"{n:,}" for n in numbers))
+    return table

@@ -6,10 +6,10 @@ from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from xform.cli.common import Debug, Json, session_of
+from xform.report.terminal import plain_table
 
 if TYPE_CHECKING:
     from xform.rewrite.passes import Pass
@@ -24,7 +24,7 @@ def passes(context: typer.Context, json: Json = False, debug: Debug = False) -> 
     entries = [describe_pass(pass_class) for pass_class in PASSES.values()]
     presets = {name: [str(entry) for entry in names] for name, names in PRESETS.items()}
     session.document.update({"passes": entries, "presets": presets})
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     for column in ("pass", "fidelity", "what it does"):
         table.add_column(column, overflow="fold")
     for entry in entries:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from xform.cli.common import (
     Debug,
@@ -21,6 +20,7 @@ from xform.cli.common import (
     session_of,
 )
 from xform.errors import UsageError, VerificationError
+from xform.report.terminal import plain_table
 
 if TYPE_CHECKING:
     from xform.pipeline.verify import Verification
@@ -67,12 +67,12 @@ def verify(
 
 
 def _show(session: Session, outcome: Verification) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("output", "inputs", "max abs error", "max rel error", "allowed", ""):
+    table = plain_table()
+    for name in ("output", "inputs", "abs error", "rel error", "allowed", ""):
         table.add_column(name, overflow="fold")
     for row in outcome.outputs:
         allowed = f"{row.rtol:g} rel + {row.atol:g}"
-        verdict = "ok" if row.agrees else row.reason
+        verdict = "ok" if row.agrees else "differs"
         errors = (f"{row.max_abs_error:.2e}", f"{row.max_rel_error:.2e}")
         table.add_row(row.output, row.inputs, *errors, allowed, verdict, style=None if row.agrees else "red")
     if outcome.outputs:

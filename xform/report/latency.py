@@ -77,7 +77,8 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="xform-bench-") as folder:
         inputs = Path(folder, "feeds.npz")
         with inputs.open("wb") as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in feeds.items()})
+            arrays: dict[str, Any] = {name: np.asarray(value) for name, value in feeds.items()}
+            np.savez(file, **arrays)
         workers: list[_Contender] = []
         try:
             for model in models:

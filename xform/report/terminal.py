@@ -71,7 +71,7 @@ def headline(report: Report) -> str:
 
 def pass_table(passes: Sequence[PassReport], *, verbose: bool = False) -> RenderableType:
     """One row per pass that did or missed something."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column("pass", no_wrap=True)
     for name in ("applied", "missed", "undone", "nodes", "rel error", "seconds"):
         table.add_column(name, justify="right")
@@ -147,7 +147,7 @@ def verification_text(report: Report) -> str:
 
 def facts_table(rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = plain_table(show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -155,9 +155,14 @@ def facts_table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+def plain_table(*, show_header: bool = True) -> Table:
+    """A table without lines."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="dim")
+
+
 def findings_table(found: Sequence[Finding], *, limit: int | None = None) -> RenderableType:
     """Findings with their counts, reasons and nodes; at most `limit` of them."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column("", justify="right")
     table.add_column("rule", overflow="fold")
     table.add_column("why", overflow="fold")
