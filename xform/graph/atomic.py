@@ -132,8 +132,8 @@ def data_names(target: Path) -> tuple[list[Path], str]:
         return [], f"{target.name}.data"
     pointed = _locations(target)
     old = [target.with_name(name) for name, match in ours.items() if name in pointed or match[2]]
-    number, free = 0, f"{target.name}.data"
-    while free in ours:
+    free, number = f"{target.name}.data", 0
+    while free in ours or (number == 0 and old):  # only numbered names can be told to be ours after a kill
         number += 1
         free = f"{target.name}.{number}.data"
     return old, free

@@ -5,7 +5,7 @@ under its final name only when it is complete; a run that is killed leaves at mo
 the next save of the same name removes.
 
 A model over the size limit of a protobuf keeps its weights in `NAME.data` beside it. An existing data file is never
-overwritten, because the model that points to it would be broken until its own replacement: the new one gets the next
+overwritten, because the model that points to it would be broken until its own replacement: the new one gets a
 free name (`NAME.1.data`), the model is replaced, and then the data file that the old model pointed to is removed.
 """
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.serde import serialize_model
@@ -251,15 +253,23 @@ def _varint(value: int) -> bytes:
 def _stream(weight: _Weight, file: BinaryIO) -> None:
     start = file.tell()
     try:
-        if isinstance(weight.tensor, ir.ExternalTensor | ir.Tensor | ir.LazyTensor):
-            weight.tensor.tofile(file)
+        if isinstance(weight.tensor, ir.ExternalTensor):
+            weight.tensor.tofile(file)  # file to file, in the kernel where it can
         else:
-            file.write(weight.tensor.tobytes())
+            file.write(_buffer(weight.tensor))
     except ValueError as error:
         raise ModelError(f"a weight could not be read: {error}", where=weight.value.name or "") from error
     if file.tell() - start != weight.tensor.nbytes:
         wrote = file.tell() - start
         raise RuntimeError(f"weight {weight.value.name} wrote {wrote} bytes instead of {weight.tensor.nbytes}")
+
+
+def _buffer(tensor: ir.TensorProtocol) -> memoryview | bytes:
+    """The stored bytes of a tensor; for a plain array that is its own memory, not a copy."""
+    raw = tensor.raw if isinstance(tensor, ir.Tensor) else None
+    if isinstance(raw, np.ndarray) and raw.flags.c_contiguous and tensor.dtype.bitwidth >= 8 and raw.dtype.isnative:
+        return raw.reshape(-1).view(np.uint8).data if sys.byteorder == "little" else tensor.tobytes()
+    return tensor.tobytes()
 
 
 def _sources(model: ir.Model) -> set[Path]:
