@@ -57,20 +57,41 @@ def role_of(value: ir.Value) -> Role:
 
 def _roles_from_uses(start: ir.Value) -> list[Role]:
     found: list[Role] = []
-    queue, seen = [start], {start}
+    queue: list[tuple[ir.Value, int]] = [(start, 0)]
+    seen = {start}
     while queue and len(seen) < _MAX_VISITS:
-        value = queue.pop()
+        value, offset = queue.pop()
         for node, position in value.uses():
             if node.domain not in ONNX_DOMAINS:
                 continue
             role = _role_in(node, position, value)
+            added = _hands_on(node, position)
             if role is not None:
-                found.append(role)
-            elif node.op_type in _TRANSPARENT and (position == 0 or node.op_type == "Concat"):
+                found.append(_minus(role, offset))
+            elif added is not None:
                 fresh = [output for output in node.outputs if output not in seen]
                 seen.update(fresh)
-                queue.extend(fresh)
+                queue.extend((output, offset + added) for output in fresh)
     return found
+
+
+def _hands_on(node: ir.Node, position: int) -> int | None:
+    """The integer that a node adds to the values it hands on (0 for most); None if it makes something else of them."""
+    op = node.op_type
+    if op in _TRANSPARENT:
+        return 0 if position == 0 or op == "Concat" else None
+    if op == "Where":
+        return 0 if position > 0 else None
+    if op in ("Add", "Sub") and len(node.inputs) == 2:
+        number = scalar(node.inputs[1 - position])
+        if isinstance(number, int) and (op == "Add" or position == 0):
+            return number if op == "Add" else -number
+    return None
+
+
+def _minus(role: Role, offset: int) -> Role:
+    """The role of `v` where `v + offset` has this role."""
+    return role if role.high is None else Role(role.kind, max(role.high - offset, 1))
 
 
 def _role_in(node: ir.Node, position: int, value: ir.Value) -> Role | None:

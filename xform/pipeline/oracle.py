@@ -7,7 +7,6 @@ temporary file and without the 2 GB limit of protobuf. Sessions are released as 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +89,6 @@ class Session:
         """Release the session and the lent weights."""
         self._session = None
         self._lent = {}
-        gc.collect()
 
     def __enter__(self) -> Session:
         return self

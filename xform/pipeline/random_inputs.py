@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,10 @@ from xform.pipeline.input_roles import Role, role_of
 from xform.pipeline.oracle import to_numpy
 from xform.pipeline.sizes import InputDims, Sizes, evaluate, input_dims, proposals, symbols_of
 
+Style = Literal["typical", "binary", "unit", "zeros", "ones"]
+
+_STYLES: tuple[Style, ...] = ("binary", "unit", "zeros", "ones")  # for models that take no typical values
+_STYLED_SIZES = 2
 _UNKNOWN_INDEX_BOUND = 16
 _UNKNOWN_RANKS = (2, 4, 3, 1, 0)
 _VERY_NEGATIVE = -10000.0  # finite in float16, and e^-10000 is 0 in every dtype
@@ -29,7 +34,7 @@ class InputCase:
     Attributes:
         arrays: Value of every required input by name.
         sizes: Number of every dynamic dim, empty for static models and for the user's inputs.
-        source: "random" or "user".
+        source: "random", "random" and the style of its values, or "user".
     """
 
     arrays: Mapping[str, Any]
@@ -88,14 +93,45 @@ def candidate_cases(
     for rank in ranks:
         known = [_with_rank(entry, rank) for entry in dims]
         for number, assignment in enumerate(proposals(known, fixed)):
-            arrays = dict(given)
-            for value, entry in zip(inputs, known, strict=True):
-                if value.name in given or value.name is None:
-                    continue
-                shape = tuple(max(evaluate(dim, assignment), 0) for dim in entry.dims or ())
-                rng = np.random.default_rng([seed, number, zlib.crc32(value.name.encode())])
-                arrays[value.name] = _random_value(rng, value, shape, roles[value.name])
-            yield InputCase(arrays, assignment)
+            yield InputCase({**given, **_draw(inputs, known, assignment, roles, [seed, number], given)}, assignment)
+        for style in _STYLES:
+            for number, assignment in enumerate(islice(proposals(known, fixed), _STYLED_SIZES)):
+                arrays = _draw(inputs, known, assignment, roles, [seed, number], given, style)
+                yield InputCase({**given, **arrays}, assignment, f"random {style}")
+
+
+def _draw(
+    inputs: Sequence[ir.Value],
+    dims: Sequence[InputDims],
+    sizes: Sizes,
+    roles: Mapping[str | None, Role],
+    seed: Sequence[int],
+    given: Mapping[str, Any],
+    style: Style = "typical",
+) -> dict[str, Any]:
+    """Values of the inputs that are not given."""
+    arrays = {}
+    for value, entry in zip(inputs, dims, strict=True):
+        if value.name is None or value.name in given:
+            continue
+        shape = tuple(max(evaluate(dim, sizes), 0) for dim in entry.dims or ())
+        rng = np.random.default_rng([*seed, zlib.crc32(value.name.encode())])
+        drawn = _random_value(rng, value, shape, roles[value.name])
+        arrays[value.name] = drawn if style == "typical" else _restyle(rng, drawn, style)
+    return arrays
+
+
+def _restyle(rng: np.random.Generator, drawn: Any, style: Style) -> Any:
+    """Values of the same dtype and shape from a narrower range: integers of 0 and 1, floats in (0, 1), zeros, ones."""
+    if isinstance(drawn, list):
+        return [_restyle(rng, element, style) for element in drawn]
+    if not isinstance(drawn, np.ndarray) or drawn.dtype.kind not in "iuf":
+        return drawn
+    if style in ("zeros", "ones"):
+        return np.full_like(drawn, int(style == "ones")) if drawn.dtype.kind in "iu" else drawn
+    if style == "binary":
+        return rng.integers(0, 2, drawn.shape).astype(drawn.dtype) if drawn.dtype.kind in "iu" else drawn
+    return np.asarray(rng.uniform(0.01, 1.0, drawn.shape)).astype(drawn.dtype) if drawn.dtype.kind == "f" else drawn
 
 
 def check_named(model: ir.Model, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
-_MAX_TRIES = 12  # input sets proposed to a model that refuses some
+_MAX_TRIES = 24  # input sets proposed to a model that refuses some
 
 
 @dataclass(frozen=True)
@@ -206,40 +207,39 @@ class Verifier:
     def _collect(self, session: Session | None) -> None:
         """Run the reference on proposed inputs until enough have worked."""
         refused = ""
-        for proposed in self._proposals():
-            for tries, case in enumerate(proposed):
-                if tries >= _MAX_TRIES:
+        wanted = 0
+        for proposed, cases in self._proposals():
+            wanted += cases
+            for case in islice(proposed, _MAX_TRIES):
+                if len(self.cases) >= wanted:
                     break
+                if self.cases and case.source not in ("random", "user"):
+                    break  # other values are for models that took none of the typical ones
                 try:
                     outputs = self._reference(session, case)
                 except CouldNotRunError as error:
-                    refused = error.what
-                    self.notes.append(f"the model does not take {case}: {refused}")
+                    refused = refused or error.what
+                    self.notes.append(f"the model does not take {case}: {error.what}")
                     continue
                 self.cases.append(case)
                 self.references.append(outputs)
-                if len(self.cases) >= self._wanted():
-                    break
         if not self.cases:
             self.unverifiable = f"the captured model ran on none of the inputs tried: {refused}"
         elif not self._informative():
             self.unverifiable = "every float output is NaN or infinite on the inputs tried, so nothing can be compared"
-        elif len(self.cases) < self._wanted():
-            self.notes.append(f"only {len(self.cases)} of {self._wanted()} input sets could be compared")
+        elif len(self.cases) < wanted:
+            self.notes.append(f"only {len(self.cases)} of {wanted} input sets could be compared")
 
-    def _proposals(self) -> Iterator[Iterator[InputCase]]:
-        """One stream of candidates per input set of the user, or a single stream of random ones."""
-        sets: Sequence[Mapping[str, Any] | None]
-        sets = [self.inputs] if self.inputs is None or isinstance(self.inputs, Mapping) else list(self.inputs)
-        for given in sets:
-            yield candidate_cases(self.model, self.seed, self.sizes, given)
-
-    def _wanted(self) -> int:
+    def _proposals(self) -> Iterator[tuple[Iterator[InputCase], int]]:
+        """Streams of candidates, each with the number of input sets wanted of it: one per input set of the user."""
         if self.inputs is not None and not isinstance(self.inputs, Mapping):
-            return len(self.inputs)
+            for given in self.inputs:
+                yield candidate_cases(self.model, self.seed, self.sizes, given), 1
+            return
         given = check_named(self.model, self.inputs or {})
         complete = all(value.name in given for value in required_inputs(self.model))
-        return _CASES_DYNAMIC if is_dynamic(self.model) and not complete and not self.sizes else _CASES_STATIC
+        wanted = _CASES_DYNAMIC if is_dynamic(self.model) and not complete and not self.sizes else _CASES_STATIC
+        yield candidate_cases(self.model, self.seed, self.sizes, given), wanted
 
     def _reference(self, session: Session | None, case: InputCase) -> Outputs:
         if session is not None:
