@@ -284,8 +284,8 @@ _VIEWS = _names("Reshape Squeeze Unsqueeze Flatten Identity")
 _FREE = _VIEWS | _names(
     "And Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Compress Concat Constant "
     "ConcatFromSequence ConstantOfShape DepthToSpace Dropout Equal Expand EyeLike Gather GatherElements GatherND "
-    "Greater GreaterOrEqual If IsInf IsNaN Less LessOrEqual Loop Multinomial NonZero Not OneHot Optional OptionalGetElement "
-    "OptionalHasElement Or Pad RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range ReverseSequence "
-    "Scan Scatter ScatterElements ScatterND SequenceAt SequenceConstruct SequenceEmpty SequenceInsert SequenceLength "
-    "Shape Size Slice SpaceToDepth Split SplitToSequence TensorScatter Tile TopK Transpose Trilu Unique Where Xor"
+    "Greater GreaterOrEqual If IsInf IsNaN Less LessOrEqual Loop Multinomial NonZero Not OneHot Optional "
+    "OptionalGetElement OptionalHasElement Or Pad RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range "
+    "ReverseSequence Scan Scatter ScatterElements ScatterND SequenceAt SequenceConstruct SequenceEmpty SequenceInsert "
+    "SequenceLength Shape Size Slice SpaceToDepth Split SplitToSequence TensorScatter Tile TopK Transpose Trilu Unique Where Xor"
 )
