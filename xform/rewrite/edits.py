@@ -137,7 +137,8 @@ def _replace(old: ir.Value, new: ir.Value, fresh: bool, unique: Callable[[str], 
         new.name = name
     if new.type is None:
         new.type = old.type
-    new.shape = _merged(old.shape, new.shape)
+    if not new.is_graph_input():  # what the caller declared stays
+        new.shape = _merged(old.shape, new.shape)
     return record
 
 
