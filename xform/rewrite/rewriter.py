@@ -21,6 +21,7 @@ from xform.rewrite.rule import Failure, Rule, RuleStatistics
 if TYPE_CHECKING:
     from xform.rewrite.passes import PassContext
 
+FEW_READERS = 8
 MAX_ORIGINS = 24  # names kept in a node's provenance; longer lists end in "+N more"
 
 
@@ -201,10 +202,11 @@ def _touched(edit: Edit, node: ir.Node, reach: int) -> list[ir.Node]:
             break
     for removal in edit.removals:
         for value in removal.inputs:
-            if value is not None:
-                seen.update((n, None) for n, _ in value.uses())
-                if (producer := value.producer()) is not None:
-                    seen[producer] = None
+            producer = value.producer() if value is not None else None
+            if value is not None and producer is not None:  # a constant has no rule to enable, and many readers
+                seen[producer] = None
+                if len(value.uses()) <= FEW_READERS:  # rules that want a value read once
+                    seen.update((n, None) for n, _ in value.uses())
     return list(seen)
 
 
