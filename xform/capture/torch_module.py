@@ -76,6 +76,24 @@ class CapturedModule:
         """
         return self._results.build(outputs)
 
+    def call_form(self, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`args` and `kwargs` of a call of the module with these graph inputs: the inverse of `flatten`.
+
+        Raises:
+            UsageError: Not one tensor for every input of the graph.
+        """
+        if set(tensors) != set(self.input_names):
+            raise UsageError(f"expected the inputs {list(self.input_names)}, got {list(tensors)}")
+        values = []
+        for name, example in self._example.tensors.items():
+            values.append(torch.view_as_complex(tensors[name]) if example.is_complex() else tensors[name])
+        return self._signature.call_form(self._example.tree(values))
+
+    def leaves(self, result: Any) -> list[Any]:
+        """The tensors of a result of the module, in the order of the graph's outputs: the inverse of `unflatten`."""
+        leaves, _ = Results.of(result)
+        return leaves
+
     def accepts(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
         """Whether a call is one that was captured: the same but for tensor values and sizes of dynamic dims."""
         return self.refuses(args, kwargs) is None

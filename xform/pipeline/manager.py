@@ -120,6 +120,7 @@ class _Run:
         result = self._run_each() if verify == "each" else self._run_fast()
         if verify == "final":
             result = self._verify_final(result)
+        result.verifier = None if verify == "off" else self.verifier
         total = time.perf_counter() - start
         result.seconds = {"passes": total - self.verify_seconds, "verify": self.verify_seconds}
         if self.strict and result.verification.state in ("failed", "unverified"):

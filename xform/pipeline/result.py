@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from xform.pipeline.verify import Verification
+from xform.pipeline.verify import Verification, Verifier
 from xform.report.schema import PassReport, Size
 from xform.rewrite.remarks import RemarkLog
 from xform.rewrite.rule import RuleStatistics
@@ -23,6 +23,8 @@ class PipelineResult:
         verification: The verdict on `model`.
         statistics: Tries, hits and seconds per (pass, rule), of passes that were rolled back too.
         seconds: Wall time by step: "passes", "verify".
+        verifier: Holds the input sets and the reference numbers, to compare further forms of the model with; None where
+            verification was off.
     """
 
     model: ir.Model
@@ -31,6 +33,7 @@ class PipelineResult:
     verification: Verification = field(default_factory=lambda: Verification("off"))
     statistics: dict[tuple[str, str], RuleStatistics] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    verifier: Verifier | None = None
 
     @property
     def rolled_back(self) -> list[PassReport]:

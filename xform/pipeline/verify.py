@@ -176,6 +176,14 @@ class Verifier:
         except CouldNotRunError as error:
             reason = f"the captured model runs and the rewritten one does not: {error.what}"
             return Verification("failed", reason, notes=tuple(self.notes))
+        return self.judge(results, fidelity)
+
+    def judge(self, results: Sequence[Outputs], fidelity: Fidelity = "exact") -> Verification:
+        """Compare outputs that a candidate gave, one set per entry of `cases`, however it was run.
+
+        Raises:
+            UsageError: The user's tolerance does not fit.
+        """
         errors = list(self._output_errors(self.references, results, fidelity))
         wrong = next((error for error in errors if not error.agrees), None)
         if wrong is None:
