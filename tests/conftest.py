@@ -1,0 +1,14 @@
+"""Set-up of every test process."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
+    # transformers and timm import torchvision, whose wheels are built for CUDA: beside a CPU torch its own operators
+    # are missing, and declaring them is all that the import wants
+    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,0 +1,71 @@
+"""Latency: every contender in a process of its own, measured in turn."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from xform.errors import TargetError
+from xform.report.latency import Timing, compare, measure
+
+
+def _model(path: Path, products: int) -> Path:
+    """`products` products of a 256 x 256 matrix in a row."""
+    weight = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32) / 16
+    names = ["x", *[f"h{i}" for i in range(products - 1)], "y"]
+    nodes = [onnx.helper.make_node("MatMul", [a, "w"], [b]) for a, b in itertools.pairwise(names)]
+    dims = [256, 256]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, dims)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, dims)],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    return path
+
+
+FEEDS = {"x": np.ones((256, 256), np.float32)}
+
+
+def test_the_smaller_model_is_found_faster(tmp_path: Path) -> None:
+    large, small = _model(tmp_path / "large.onnx", 12), _model(tmp_path / "small.onnx", 2)
+    steps: list[tuple[int, int]] = []
+    report = compare(
+        large,
+        small,
+        FEEDS,
+        rounds=3,
+        seconds=0.02,
+        threads=1,
+        progress=lambda _, done, total: steps.append((done, total)),
+    )
+    assert report.speedup > 1.5
+    assert report.before_ms > report.after_ms > 0
+    assert (report.rounds, report.threads) == (3, 1)
+    assert steps == [(i, 6) for i in range(1, 7)]
+
+
+def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
+    good, bad = _model(tmp_path / "good.onnx", 1), tmp_path / "bad.onnx"
+    bad.write_bytes(b"not a model")
+    with pytest.raises(TargetError, match=r"bad\.onnx"):
+        measure([good, bad], FEEDS, rounds=1, seconds=0)
+
+
+def test_inputs_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="could not run"):
+        measure([_model(tmp_path / "m.onnx", 1)], {"z": FEEDS["x"]}, rounds=1, seconds=0)
+
+
+def test_speedup_is_taken_within_rounds() -> None:
+    drifting = Timing(Path("a"), (1.0, 2.0, 4.0), 3, 1.0)
+    twice = Timing(Path("b"), (2.0, 4.0, 8.0), 3, 2.0)
+    assert drifting.speedup_over(twice) == 2.0
+    assert drifting.median_ms == 2.0
