@@ -9,6 +9,17 @@ from xform.passes.canonicalize.raise_linear import RaiseLinear
 from xform.passes.canonicalize.raise_rms_norm import RaiseRMSNorm
 from xform.passes.canonicalize.raise_rotary import RaiseRotary
 from xform.passes.canonicalize.raise_softmax import RaiseSoftmax
+from xform.passes.cleanup import (
+    DeduplicateInitializers,
+    EliminateCommonSubexpressions,
+    EliminateIdentities,
+    EliminateNoOps,
+    FoldConstants,
+    FoldShapeArithmetic,
+    InferShapes,
+    RemoveDeadCode,
+    SimplifyLayout,
+)
 from xform.rewrite.passes import Pass
 
 PASSES: dict[str, type[Pass]] = {
@@ -24,5 +35,14 @@ PASSES: dict[str, type[Pass]] = {
         RaiseRotary,
         # reparameterize
         # cleanup
+        EliminateIdentities,
+        FoldConstants,
+        FoldShapeArithmetic,
+        EliminateNoOps,
+        SimplifyLayout,
+        EliminateCommonSubexpressions,
+        DeduplicateInitializers,
+        RemoveDeadCode,
+        InferShapes,
     )
 }
