@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xform.passes.canonicalize.raise_activation import RaiseActivation
+from xform.passes.canonicalize.raise_attention import RaiseAttention
 from xform.passes.canonicalize.raise_gelu import RaiseGelu
 from xform.passes.canonicalize.raise_layer_norm import RaiseLayerNorm
 from xform.passes.canonicalize.raise_linear import RaiseLinear
@@ -33,6 +34,7 @@ PASSES: dict[str, type[Pass]] = {
         RaiseActivation,
         RaiseSoftmax,
         RaiseRotary,
+        RaiseAttention,
         # reparameterize
         # cleanup
         EliminateIdentities,
