@@ -11,7 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from xform.graph.values import ONNX_DOMAINS, is_constant, scalar, shape_of
+from xform.graph.values import ONNX_DOMAINS, attribute, is_constant, scalar, shape_of
 
 Kind = Literal["plain", "mask", "additive_mask", "positive", "index", "size"]
 
@@ -104,7 +104,7 @@ def _role_in(node: ir.Node, position: int, value: ir.Value) -> Role | None:
         return Role("index", int(depth)) if depth else None
     if position in _SIZE_INPUTS.get(op, ()):
         return Role("size")
-    if op == "Cast" and node.outputs[0].dtype == ir.DataType.BOOL:
+    if op == "Cast" and attribute(node, "to") == ir.DataType.BOOL:
         return Role("mask")
     if op in ("Not", "And", "Or") or (op == "Where" and position == 0):
         return Role("mask")
@@ -130,8 +130,7 @@ def _rows(node: ir.Node) -> int | None:
     shape = shape_of(node.inputs[0])
     if not shape:
         return None
-    attr = node.attributes.get("axis")
-    axis = 0 if attr is None else int(attr.value)
+    axis = int(attribute(node, "axis", 0))
     if node.op_type.endswith("ND"):
         known = [dim for dim in shape if isinstance(dim, int)]
         return min(known) if len(known) == len(shape) else 1

@@ -228,13 +228,12 @@ def _numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
 
 
 def _mask(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Zeros and ones, at least one 1 in every row: right-padded rows for [batch, length], else three in four are 1."""
+    """Zeros and ones, a 1 in every row: for [batch, length] a full row and right-padded ones, else three in four are 1."""
     if not shape:
         return np.ones(shape, bool)
     if len(shape) == 2 and shape[1] > 0:
-        lengths = rng.integers(1, shape[1] + 1, size=(shape[0], 1))
-        if shape[0]:
-            lengths[0] = shape[1]
+        lengths = rng.integers(1, max(shape[1], 2), size=(shape[0], 1))
+        lengths[:1] = shape[1]
         return np.arange(shape[1])[None, :] < lengths
     mask = rng.random(shape) < 0.75
     mask[..., :1] = True

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from xform.graph.count import count
 from xform.pipeline.verify import Verification, Verifier
 from xform.report.schema import PassReport, Size
 from xform.rewrite.remarks import RemarkLog
@@ -41,8 +42,16 @@ class PipelineResult:
         return [report for report in self.passes if report.status == "rolled_back"]
 
 
+_COUNT_FLOPS_UP_TO = (
+    4000  # nodes; counting takes about 20 us a node, and is done after every pass that changed something
+)
+
+
 def size_of(model: ir.Model) -> Size:
-    """Nodes, weight elements and weight bytes of a model, subgraphs included; no weight is loaded."""
+    """Nodes, weight elements and weight bytes of a model, subgraphs included; no weight is loaded.
+
+    FLOPs count symbolic dims as 1, and are left out where some node's are unknown or the graph is large.
+    """
     nodes = sum(1 for _ in model.graph.all_nodes())
     parameters = size = 0
     for graph in model.graphs():
@@ -51,4 +60,7 @@ def size_of(model: ir.Model) -> Size:
             if tensor is not None:
                 parameters += tensor.size
                 size += tensor.nbytes
-    return Size(nodes, parameters, size)
+    if nodes > _COUNT_FLOPS_UP_TO:
+        return Size(nodes, parameters, size)
+    counts = count(model)
+    return Size(nodes, parameters, size, None if counts.unknown else counts.flops)

@@ -40,7 +40,7 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"batch|^(n|b|bs|bsz)$|^batch", "batch"),
     (r"seq|len|time|token|^(t|s|l)$|frames|steps", "sequence"),
     (r"chan|^c$", "channels"),
-    (r"height|width|image|^(h|w|d)$|pixel|spatial|size", "space"),
+    (r"height|width|image|^(h|w|d)$|pixel|spatial|space|size", "space"),
     (r"head", "heads"),
 )
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -78,8 +78,11 @@ def input_dims(inputs: Sequence[ir.Value]) -> list[InputDims]:
 
 
 def _symbol(dim: Dim, axis: int, rank: int) -> int | str:
-    if isinstance(dim, int | str) and dim != "":
-        return dim
+    return dim if isinstance(dim, int) or dim else _placed(axis, rank)
+
+
+def _placed(axis: int, rank: int) -> str:
+    """A name for an unnamed dim, from where it stands."""
     if axis == 0:
         return "?batch"
     if rank in (4, 5):
@@ -104,6 +107,16 @@ def symbols_of(dims: Sequence[InputDims]) -> list[str]:
             if isinstance(dim, str):
                 found.update(dict.fromkeys(_names_in(dim)))
     return list(found)
+
+
+def meanings(dims: Sequence[InputDims]) -> dict[str, Meaning]:
+    """What each symbol stands for: from its name, or from where it first stands in an input's shape."""
+    found = {symbol: meaning_of(symbol) for symbol in symbols_of(dims)}
+    for entry in dims:
+        for axis, dim in enumerate(entry.dims or ()):
+            if found.get(str(dim)) == "other" and not str(dim).startswith("?"):
+                found[str(dim)] = meaning_of(_placed(axis, len(entry.dims or ())))
+    return found
 
 
 def _names_in(symbol: str) -> list[str]:
@@ -158,19 +171,16 @@ def proposals(dims: Sequence[InputDims], fixed: Mapping[str, int] | None = None)
         dims: The inputs' dims.
         fixed: Sizes that the user decided.
     """
-    symbols = symbols_of(dims)
+    means = meanings(dims)
+    symbols = list(means)
     fixed = fixed or {}
     seen: set[tuple[int, ...]] = set()
     totals = {s for s in symbols if re.search("total", s.lower())}
     for proposal in _PROPOSALS:
-        sizes = {symbol: fixed.get(symbol, proposal[meaning_of(symbol)]) for symbol in symbols}
+        sizes = {symbol: fixed.get(symbol, proposal[meaning]) for symbol, meaning in means.items()}
         for symbol in totals - fixed.keys():  # a total length is what is cached plus what is new
-            sizes[symbol] = proposal["sequence"] + (proposal["past"] if _has_past(symbols) else 0)
+            sizes[symbol] = proposal["sequence"] + (proposal["past"] if "past" in means.values() else 0)
         key = tuple(sizes.values())
         if key not in seen:
             seen.add(key)
             yield sizes
-
-
-def _has_past(symbols: Sequence[str]) -> bool:
-    return any(meaning_of(symbol) == "past" for symbol in symbols)

@@ -1,0 +1,184 @@
+"""Verification says "ok" only where numbers were compared."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from xform.errors import UsageError
+from xform.graph.clone import clone
+from xform.pipeline.oracle import LEND_FROM_BYTES, CouldNotRunError, Session, call_oracle, run_model, serialize
+from xform.pipeline.verify import Verifier, verify
+
+
+def parse(text: str, opset: int = 18, **weights: np.ndarray) -> ir.Model:
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]> {text}')
+    for name, array in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(proto)
+
+
+def changed(model: ir.Model, name: str = "w0", by: float = 1e-2) -> ir.Model:
+    copy = clone(model)
+    value = copy.graph.initializers[name]
+    value.const_value = ir.tensor(value.const_value.numpy() + np.float32(by), name=name)
+    return copy
+
+
+def test_equal(planted):
+    model = planted.chain()
+    found = verify(model, clone(model))
+    assert found.ok and found.max_abs_error == 0
+    assert len(found.cases) == 2
+    assert found.outputs[0].rtol == 1e-4
+
+
+def test_different(planted):
+    model = planted.chain()
+    found = verify(model, changed(model))
+    assert found.state == "failed"
+    assert "'y'" in found.reason and "batch=2" in found.reason
+    assert found.max_rel_error > 1e-4
+    assert json.loads(json.dumps(found.as_dict()))["state"] == "failed"
+
+
+def test_candidate_that_does_not_run_has_failed(planted):
+    model = planted.chain()
+    broken = clone(model)
+    broken.graph[0].op_type = "NoSuchOperator"
+    assert verify(model, broken).state == "failed"
+    assert verify(broken, model).state == "unverified"
+
+
+def test_other_interface_has_failed(planted):
+    model = planted.chain()
+    other = clone(model)
+    other.graph.inputs[0].name = "z"
+    assert "interfaces differ" in verify(model, other).reason
+
+
+def test_newer_opset_than_the_runtime_knows_is_unverified(planted):
+    model = planted.chain()
+    model.opset_imports[""] = 99
+    found = verify(model, model)
+    assert found.state == "unverified" and "opset" in found.reason.lower()
+
+
+def test_size_constraint_is_found_by_trying_and_told():
+    model = parse("g (float[batch,seq] x) => (float[a,32] y) { y = Reshape(x, s) }", s=np.array([-1, 32]))
+    verifier = Verifier(model)
+    found = verifier.compare(model)
+    assert found.ok
+    assert [case.sizes["seq"] % 32 for case in verifier.cases] in ([0, 0], [0])
+    assert any("seq=13" in note for note in found.notes)
+
+
+def test_no_size_works_is_unverified():
+    model = parse("g (float[a,b] x) => (float[n,7919] y) { y = Reshape(x, s) }", s=np.array([-1, 7919]))
+    found = verify(model, model)
+    assert found.state == "unverified"
+    assert "none of the inputs tried" in found.reason and "Reshape" in found.reason
+
+
+def test_nothing_but_nan_is_unverified():
+    model = parse("g (float[4] x) => (float[4] y) { y = Mul(x, w) }", w=np.full(4, np.nan, np.float32))
+    found = verify(model, model)
+    assert found.state == "unverified" and "NaN" in found.reason
+
+
+def test_some_nan_is_compared():
+    weight = np.array([1, np.nan, 2, np.inf], np.float32)
+    model = parse("g (float[4] x) => (float[4] y) { y = Mul(x, w) }", w=weight)
+    assert verify(model, model).ok
+    assert verify(model, changed(model, "w")).state == "failed"
+
+
+def test_random_model_is_unverified():
+    model = parse("g (float[8] x) => (float[8] y) { y = Identity(x) }")
+    rng = np.random.default_rng(0)
+    found = verify(model, model, oracle=lambda inputs: [inputs["x"] + rng.normal(size=8).astype(np.float32)])
+    assert found.state == "unverified" and "every run" in found.reason
+
+
+def test_integers_must_be_equal():
+    text = "g (int32[4] x) => (int32[4] y) { y = Add(x, w) }"
+    model = parse(text, w=np.arange(4, dtype=np.int32))
+    other = parse(text, w=np.arange(4, dtype=np.int32) + np.int32([0, 0, 0, 1]))
+    assert verify(model, model).ok
+    found = verify(model, other)
+    assert found.state == "failed" and "1 of 4" in found.reason
+
+
+def test_inputs_of_the_user(planted):
+    model = planted.chain()
+    arrays = [{"x": np.full((n, 8), 0.1, np.float32)} for n in (1, 4, 6)]
+    verifier = Verifier(model, inputs=arrays)
+    assert verifier.compare(model).ok
+    assert [case.arrays["x"].shape[0] for case in verifier.cases] == [1, 4, 6]
+    with pytest.raises(UsageError, match="no input named"):
+        verify(model, model, inputs={"nope": arrays[0]["x"]})
+
+
+def test_no_outputs_differ_without_inputs():
+    model = parse("g () => (float[2] y) { y = Identity(w) }", w=np.ones(2, np.float32))
+    assert verify(model, model).ok
+    assert verify(model, changed(model, "w")).state == "failed"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "double"])
+def test_other_float_types(dtype):
+    model = parse(f"g ({dtype}[N,4] x) => ({dtype}[N,4] y) {{ y = Identity(x) }}")
+    found = verify(model, model)
+    assert found.ok, found.reason
+
+
+def test_control_flow_and_shadowed_weights():
+    text = """g (bool c, float[N,64] x) => (float[N,64] y) {
+        y = If (c) <then_branch = t () => (float[N,64] a) { p = MatMul(x, w) a = Tanh(p) },
+                    else_branch = e () => (float[N,64] b) { b = Neg(x) }>
+    }"""
+    model = parse(text, w=np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32))
+    given = {"c": np.array(True)}
+    assert verify(model, model, inputs=given).ok
+    assert verify(model, changed(model, "w"), inputs=given).state == "failed"
+
+
+def test_large_weights_are_lent_not_copied(planted):
+    model = planted.chain(width=64, dims=("batch", 64))
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    proto, lent = serialize(model)
+    assert set(lent) == {f"w{i}" for i in range(6)}
+    assert np.shares_memory(lent["w0"], tensors["w0"].numpy())
+    assert proto.ByteSize() < LEND_FROM_BYTES * 2
+    assert all(model.graph.initializers[name].const_value is tensor for name, tensor in tensors.items())
+
+
+def test_external_weights_run_from_where_they_are(planted, tmp_path):
+    model = planted.chain(width=64, dims=("batch", 64))
+    ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    loaded = ir.load(tmp_path / "m.onnx")
+    assert isinstance(loaded.graph.initializers["w0"].const_value, ir.ExternalTensor)
+    assert verify(model, loaded).ok
+    assert isinstance(loaded.graph.initializers["b0"].const_value, ir.ExternalTensor)
+
+
+def test_session_reports_what_the_runtime_says(planted):
+    with Session(planted.chain()) as session, pytest.raises(CouldNotRunError, match="failed"):
+        session.run({"x": np.ones((2, 9), np.float32)})
+
+
+def test_oracle_forms(planted):
+    model = planted.chain()
+    x = np.ones((2, 8), np.float32)
+    expected = run_model(model, [{"x": x}])[0]["y"]
+    torch = pytest.importorskip("torch")
+    for result in ([expected], {"y": expected}, (torch.from_numpy(expected),)):
+        assert np.array_equal(call_oracle(lambda _, r=result: r, {"x": x}, ["y"])["y"], expected)
+    with pytest.raises(CouldNotRunError, match="2 outputs"):
+        call_oracle(lambda _: [expected, expected], {"x": x}, ["y"])
+    with pytest.raises(CouldNotRunError, match="no output named"):
+        call_oracle(lambda _: {"z": expected}, {"x": x}, ["y"])
