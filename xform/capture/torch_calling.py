@@ -120,7 +120,8 @@ class Signature:
         """
         leaves, spec = flatten(self.bind(args, kwargs))
         names = unique_names([self._leaf_name(path) for path, _ in leaves])
-        tensors, constants = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        constants: dict[str, Any] = {}
         for name, (_, leaf) in zip(names, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
                 tensors[name] = leaf
@@ -147,6 +148,7 @@ class Results:
         constants: Per leaf, its value where it is a constant.
         names: Name per graph output.
         integers: Graph outputs that are a Python int in the original's result (a size, say).
+        complex: Graph outputs that are complex in the original's result; the graph gives them as real and imaginary part.
     """
 
     spec: pytree.TreeSpec
@@ -154,6 +156,7 @@ class Results:
     constants: list[Any]
     names: list[str]
     integers: frozenset[int]
+    complex: frozenset[int]
 
     @staticmethod
     def of(result: Any) -> tuple[list[Any], Results]:
@@ -168,7 +171,8 @@ class Results:
         constants: list[Any] = []
         names: list[str] = []
         tensors: list[Any] = []
-        integers = set()
+        integers: set[int] = set()
+        complexes: set[int] = set()
         for path, leaf in leaves:
             computed = isinstance(leaf, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
             constants.append(None if computed else leaf)
@@ -187,8 +191,21 @@ class Results:
                 names.append(path_name(path, "output"))
                 if not isinstance(leaf, torch.Tensor):
                     integers.add(index)
+                elif leaf.is_complex():
+                    complexes.add(index)
             sources.append(index)
-        return tensors, Results(spec, sources, constants, unique_names(names), frozenset(integers))
+        return tensors, Results(
+            spec, sources, constants, unique_names(names), frozenset(integers), frozenset(complexes)
+        )
+
+    def leaves(self, result: Any) -> list[Any]:
+        """What each graph output stands for in a result of the module."""
+        leaves, _ = flatten(result)
+        chosen: dict[int, Any] = {}
+        for source, (_, leaf) in zip(self.sources, leaves, strict=True):
+            if source is not None:
+                chosen.setdefault(source, leaf)
+        return [chosen[index] for index in range(len(self.names))]
 
     def build(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The result in the module's own structure and classes from the graph's outputs.
@@ -198,8 +215,16 @@ class Results:
         """
         if len(outputs) != len(self.names):
             raise UsageError(f"expected {len(self.names)} outputs ({', '.join(self.names)}), got {len(outputs)}")
+        values = [
+            output.item()
+            if index in self.integers
+            else torch.view_as_complex(output)
+            if index in self.complex
+            else output
+            for index, output in enumerate(outputs)
+        ]
         leaves = [
-            constant if source is None else outputs[source].item() if source in self.integers else outputs[source]
+            constant if source is None else values[source]
             for source, constant in zip(self.sources, self.constants, strict=True)
         ]
         return unflatten(leaves, self.spec)

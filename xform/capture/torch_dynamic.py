@@ -163,6 +163,28 @@ def sizes_of(
     return Sizes(shapes, _ranges(program, symbols, requests)), symbols
 
 
+def dims_of(program: ExportedProgram) -> dict[str, dict[int, DimRequest | None]]:
+    """The dynamic dims that an exported program has, as requests for its inputs by name."""
+    requests: dict[str, dict[int, DimRequest | None]] = {}
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
+            continue
+        shape = getattr(node.meta.get("val"), "shape", ())
+        axes = {axis: _request_of(program, size) for axis, size in enumerate(shape) if not isinstance(size, int)}
+        if axes:
+            requests[node.name] = axes
+    return requests
+
+
+def _request_of(program: ExportedProgram, size: torch.SymInt) -> DimRequest | None:
+    expression = size.node.expr
+    if not isinstance(expression, sympy.Symbol):
+        return None
+    limits = program.range_constraints[expression]
+    high = int(limits.upper) if limits.upper.is_Integer else None
+    return DimRequest(str(expression), int(limits.lower) if limits.lower > 2 else None, high)
+
+
 def _symbol_name(name: str, axis: int, rank: int) -> str:
     if axis == 0:
         return "batch"

@@ -84,15 +84,17 @@ class CapturedModule:
         """
         if set(tensors) != set(self.input_names):
             raise UsageError(f"expected the inputs {list(self.input_names)}, got {list(tensors)}")
-        values = []
-        for name, example in self._example.tensors.items():
-            values.append(torch.view_as_complex(tensors[name]) if example.is_complex() else tensors[name])
+        originals = self._example.tensors
+        values = [
+            torch.view_as_complex(tensors[name].contiguous()) if original.is_complex() else tensors[name]
+            for name, original in originals.items()
+        ]
         return self._signature.call_form(self._example.tree(values))
 
-    def leaves(self, result: Any) -> list[Any]:
-        """The tensors of a result of the module, in the order of the graph's outputs: the inverse of `unflatten`."""
-        leaves, _ = Results.of(result)
-        return leaves
+    def leaves(self, result: Any) -> list[torch.Tensor]:
+        """The graph's outputs, in order, from a result of the module: the inverse of `unflatten`."""
+        tensors = [torch.as_tensor(leaf) for leaf in self._results.leaves(result)]
+        return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
     def accepts(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
         """Whether a call is one that was captured: the same but for tensor values and sizes of dynamic dims."""
@@ -143,23 +145,32 @@ def capture_torch(
         UsageError: Arguments that do not fit, or a malformed `dynamic`.
         CaptureError: torch.export or the translation to ONNX failed; says at which line of the model, and what to try.
     """
+    if isinstance(module, ExportedProgram):
+        requests = torch_dynamic.dims_of(module) if dynamic is None else None
+        args, kwargs = (args, kwargs) if args or kwargs else module.example_inputs or ((), {})
+        module = module.module(check_guards=False)
+    else:
+        requests = None
+        module = _checked(module)
+    signature = Signature.of(module)
+    arguments = signature.flatten(args, kwargs or {})
+    if requests is None:
+        requests = torch_dynamic.parse(dynamic, arguments.tensors)
+    with evaluating(module):
+        return _capture(module, signature, arguments, requests, dynamic)
+
+
+def _checked(module: Any) -> torch.nn.Module:
     if isinstance(module, (str, bytes, os.PathLike)):
         raise CaptureError(
             f"{module!r} is not a module; files of pickled torch objects are never loaded",
             hint="build the module in Python, load its weights there (safetensors), and pass the module",
         )
-    if isinstance(module, ExportedProgram):
-        raise NotImplementedError
     if isinstance(module, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module cannot be captured", hint="pass the nn.Module it was made from")
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"cannot capture a {type(module).__name__}", hint="pass an nn.Module or an ExportedProgram")
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
-    signature = Signature.of(module)
-    arguments = signature.flatten(args, kwargs or {})
-    requests = torch_dynamic.parse(dynamic, arguments.tensors)
-    with evaluating(module):
-        return _capture(module, signature, arguments, requests, dynamic)
+    return getattr(module, "_orig_mod", module)  # what torch.compile wrapped
 
 
 def _capture(

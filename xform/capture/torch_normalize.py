@@ -9,10 +9,14 @@ Each keeps what the program computes:
 2. `scaled_dot_product_attention` on tensors of rank 3, 5 or more -> on rank 4, with all leading dims but the last
    gathered in the batch. Windowed and hierarchical attention (Hiera, MViT, MaxViT's relatives) is written so.
    softmax(Q K^T) V acts on the last two dims only, so the leading ones can be regrouped freely.
+3. Attention whose heads or batches only broadcasting reconciles (multi-query attention, a key shared by the batch) ->
+   grouped-query attention where there is one key/value head, expanded operands elsewhere. ONNX's Attention does not
+   broadcast.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +51,7 @@ def _normalize_node(node: Node) -> bool:
         node.target = _VIEWS[node.target]
         return True
     if node.target is _SDPA:
-        return attention_to_rank_4(node)
+        return attention_to_rank_4(node) | match_heads(node)
     return False
 
 
@@ -79,24 +83,97 @@ def _evaluate(near: Node, node: Node) -> Any:
 
 def attention_to_rank_4(node: Node) -> bool:
     """Rewrite an attention whose query, key or value are not of rank 4; False if they are."""
-    query, key, value = node.args[:3]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    ranks = {value_of(operand).ndim for operand in (query, key, value)}
-    if ranks == {4}:
+    operands = _operands(node)
+    if {value_of(operand).ndim for operand in operands} == {4}:
         return False
-    shapes = [value_of(operand).shape[:-2] for operand in (query, key, value)]
-    leading = list(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
-    operands = [_gather(node, operand, leading) for operand in (query, key, value)]
-    output = value_of(node)
-    arguments = [*operands, _mask_to_rank_4(node, mask, leading)]
-    arguments += node.args[4:]
-    keywords = {name: argument for name, argument in node.kwargs.items() if name != "attn_mask"}
-    shape = _shape_nodes(node, output)
-    node.args, node.kwargs = tuple(arguments), keywords
+    leading = _leading(operands)
+    gathered = [_gather(node, operand, leading) for operand in operands]
+    shape = [*_size_nodes(node, leading), *_sizes(node, operands[0], [-2]), *_sizes(node, operands[2], [-1])]
+    mask = _mask_to_rank_4(node, _mask(node), leading)
+    _set_arguments(node, gathered, mask)
     node.meta["val"] = _evaluate(node, node)
     restored = insert_call(node.next, aten.reshape.default, (node, shape))
     node.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
     return True
+
+
+def match_heads(node: Node) -> bool:
+    """Spell out broadcast batches and heads of a rank-4 attention; False if there are none.
+
+    A single key/value head for many query heads is grouped-query attention with one group, which has a flag of its own.
+    Anything else that only broadcasting reconciles is expanded.
+    """
+    query, key, value = _operands(node)
+    shapes = [value_of(operand).shape for operand in (query, key, value)]
+    batches, heads = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
+    grouped = bool(node.kwargs.get("enable_gqa", False))
+    if grouped and heads[0] == heads[1] == heads[2]:
+        node.kwargs = {**node.kwargs, "enable_gqa": False}
+        return True
+    if len(set(batches)) == 1 and (grouped or heads[0] == heads[1] == heads[2]):
+        return False
+    one_group = heads[1] == heads[2] == 1 and heads[0] != 1 and not grouped
+    expanded = []
+    for operand, shape in zip((query, key, value), shapes, strict=True):
+        head = shape[1] if grouped or one_group else _broadcast(heads)
+        target = [_broadcast(batches), head, *shape[2:]]
+        same = all(a == b for a, b in zip(target, shape, strict=True))
+        expanded.append(
+            operand if same else insert_call(node, aten.expand.default, (operand, _size_nodes(node, target)))
+        )
+    _set_arguments(node, expanded, _mask(node))
+    if one_group:
+        node.kwargs = {**node.kwargs, "enable_gqa": True}
+    return True
+
+
+def _operands(node: Node) -> list[Node]:
+    names = ("query", "key", "value")
+    return [node.args[i] if i < len(node.args) else node.kwargs[name] for i, name in enumerate(names)]  # type: ignore[misc]
+
+
+def _mask(node: Node) -> Any:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def _set_arguments(node: Node, operands: Sequence[Node], mask: Any) -> None:
+    keywords = {n: a for n, a in node.kwargs.items() if n not in ("query", "key", "value", "attn_mask")}
+    node.args, node.kwargs = (*operands, mask, *node.args[4:]), keywords
+
+
+def _broadcast(sizes: Sequence[Any]) -> Any:
+    return next((size for size in sizes if not (isinstance(size, int) and size == 1)), 1)
+
+
+def _leading(operands: Sequence[Node]) -> list[Any]:
+    """Batch dims that the operands broadcast to."""
+    shapes = [value_of(operand).shape[:-2] for operand in operands]
+    return list(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def _size_nodes(node: Node, sizes: Sequence[Any]) -> list[Any]:
+    """Sizes as numbers where static, and as nodes that read them from a tensor before the node where not."""
+    return [size if isinstance(size, int) else size_node(node, size) for size in sizes]
+
+
+def size_node(node: Node, size: torch.SymInt) -> Node:
+    """A node that reads a dynamic size from a tensor that comes before `node`.
+
+    Raises:
+        NotImplementedError: No such tensor has that size.
+    """
+    for earlier in itertools.chain(node.all_input_nodes, node.graph.nodes):
+        if earlier is node:
+            break
+        value = earlier.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        for axis, other in enumerate(value.shape):
+            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                return insert_call(node, aten.sym_size.int, (earlier, axis))
+    raise NotImplementedError(
+        f"{node.target} needs the size {size}, which no tensor before it has; capture it with static sizes"
+    )
 
 
 def _sizes(before: Node, tensor: Node, axes: Sequence[int]) -> list[Any]:
@@ -108,26 +185,17 @@ def _sizes(before: Node, tensor: Node, axes: Sequence[int]) -> list[Any]:
     return sizes
 
 
-def _shape_nodes(node: Node, output: torch.Tensor) -> list[Any]:
-    """The output's shape: leading dims and length from the query, features from the value."""
-    query, value = node.args[0], node.args[2]
-    assert isinstance(query, Node) and isinstance(value, Node)
-    source = max((query, value), key=lambda operand: value_of(operand).ndim)
-    if value_of(source).ndim != output.ndim:
-        raise NotImplementedError(f"attention whose result has rank {output.ndim} but whose operands have not")
-    sizes = _sizes(node, query, range(value_of(query).ndim - 1))
-    return sizes + _sizes(node, value, [-1])
-
-
 def _gather(node: Node, operand: Any, leading: Sequence[Any]) -> Node:
-    """An operand as [everything else, last leading dim, length, features]."""
+    """An operand as [everything else, last leading dim, length, features]; one leading dim is the batch."""
     shape = value_of(operand).shape
     if len(shape) - 2 < len(leading) or any(a != b for a, b in zip(shape[:-2], leading, strict=True)):
-        operand = insert_call(node, aten.expand.default, (operand, [*leading, *shape[-2:]]))
+        operand = insert_call(node, aten.expand.default, (operand, _size_nodes(node, [*leading, *shape[-2:]])))
         shape = value_of(operand).shape
+    if len(shape) <= 3:
+        for axis in (0, 0) if len(shape) == 2 else (1,):
+            operand = insert_call(node, aten.unsqueeze.default, (operand, axis))
+        return operand  # type: ignore[no-any-return]
     tail = _sizes(node, operand, range(len(shape) - 3, len(shape)))
-    if len(shape) == 3:
-        return insert_call(node, aten.unsqueeze.default, (operand, 0))
     return insert_call(node, aten.reshape.default, (operand, [-1, *tail]))
 
 
@@ -136,10 +204,12 @@ def _mask_to_rank_4(node: Node, mask: Any, leading: Sequence[Any]) -> Any:
     if mask is None:
         return None
     shape = value_of(mask).shape
+    if len(shape) == 3 and len(leading) == 1:
+        return insert_call(node, aten.unsqueeze.default, (mask, 1))
     if len(shape) <= 3:
         # At most the last leading dim takes part, and that one is still where it was.
         return mask
     if all(size == 1 for size in shape[:-3]):
         return insert_call(node, aten.reshape.default, (mask, [1, *_sizes(node, mask, range(-3, 0))]))
-    expanded = insert_call(node, aten.expand.default, (mask, [*leading[:-1], *shape[-3:]]))
+    expanded = insert_call(node, aten.expand.default, (mask, _size_nodes(node, [*leading[:-1], *shape[-3:]])))
     return insert_call(node, aten.reshape.default, (expanded, [-1, *_sizes(node, mask, range(-3, 0))]))

@@ -7,6 +7,7 @@ decomposition, and otherwise kept, as nodes of the domain `torch` that carry the
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter import _core, _registration
 
 from xform.capture.torch_errors import failing_node
 from xform.capture.torch_operators import keep_operator
@@ -66,10 +68,15 @@ def translate(program: ExportedProgram) -> ir.Model:
                     raise
 
 
+@functools.cache
+def _registry() -> _registration.ONNXRegistry:
+    """The exporter's translations. torch.onnx.export makes them anew at every call, which takes seconds."""
+    return _registration.ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+
 def _export(program: ExportedProgram) -> ir.Model:
     with quiet():
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-    assert exported is not None
+        exported = _core.export(program, registry=_registry(), opset_version=OPSET, optimize=False, verbose=False)
     return exported.model
 
 
@@ -80,9 +87,7 @@ def _refused_operator(error: BaseException) -> torch._ops.OpOverload | None:
 
 def _decomposition(target: torch._ops.OpOverload) -> dict[Any, Callable[..., Any]]:
     """torch's decomposition of one operator into others, as a table; empty if it knows none."""
-    table = torch._decomp.decomposition_table
-    if target in table:
-        return {target: table[target]}
-    if target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-        return {target: target.decompose}
+    for table in (torch.export.default_decompositions(), torch._decomp.decomposition_table):
+        if target in table:
+            return {target: table[target]}
     return {}

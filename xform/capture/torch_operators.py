@@ -9,7 +9,6 @@ devices and memory formats as strings (`torch.float32`), and an empty list as th
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.onnx.ops._dtype_mappings import ONNX_DTYPE_TO_TORCH_DTYPE
 from torch.onnx.ops._symbolic_impl import EncodedAttrs
 
-from xform.capture.torch_normalize import insert_call, value_of
+from xform.capture.torch_normalize import insert_call, size_node, value_of
 
 TORCH_DOMAIN = "torch"
 INPUTS = "inputs"
@@ -98,7 +97,9 @@ def _keep_node(node: Node) -> None:
     outputs = _tensors(node.meta["val"])
     encoded = EncodedAttrs.from_dict(attributes)
     keywords = {
-        "shapes": [_shape(node, output) for output in outputs],
+        "shapes": [
+            [size if isinstance(size, int) else size_node(node, size) for size in output.shape] for output in outputs
+        ],
         **{field: getattr(encoded, field) for field in _ENCODED},
         "metadata_props_keys": [],
         "metadata_props_values": [],
@@ -111,23 +112,3 @@ def _keep_node(node: Node) -> None:
     replacement = insert_call(node, operator.getitem, (kept, 0)) if isinstance(node.meta["val"], torch.Tensor) else kept
     node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
-
-
-def _shape(node: Node, output: torch.Tensor) -> list[Any]:
-    """An output's shape; a dynamic dim is read from a tensor before the node that has it."""
-    return [size if isinstance(size, int) else _size(node, size) for size in output.shape]
-
-
-def _size(node: Node, size: torch.SymInt) -> Node:
-    for earlier in itertools.chain(node.all_input_nodes, node.graph.nodes):
-        if earlier is node:
-            break
-        value = earlier.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            continue
-        for axis, other in enumerate(value.shape):
-            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
-                return insert_call(node, torch.ops.aten.sym_size.int, (earlier, axis))
-    raise NotImplementedError(
-        f"{node.target} gives a tensor of size {size}, which no tensor before it has; capture it with static sizes"
-    )
