@@ -1,0 +1,34 @@
+"""The backends, and the choice among them."""
+
+from __future__ import annotations
+
+from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Runner
+from xform.backends.onnxruntime import OnnxRuntimeBackend
+from xform.errors import TargetError, UsageError
+from xform.target import Target
+
+BACKENDS: dict[str, type[Backend]] = {OnnxRuntimeBackend.name: OnnxRuntimeBackend}
+DEFAULT: dict[str, str] = {"cpu": "onnxruntime"}
+
+__all__ = ["BACKENDS", "DEFAULT", "Artifact", "Backend", "LoadOptions", "LowerOptions", "Runner", "get_backend"]
+
+
+def get_backend(name: str | None, target: Target) -> Backend:
+    """The backend called `name`, or the default one of the target.
+
+    Raises:
+        UsageError: No backend has this name.
+        TargetError: This version has no backend for the target, the named one cannot serve it, or it is not installed.
+    """
+    if name is not None and name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}", hint=f"use one of {', '.join(sorted(BACKENDS))}")
+    chosen = name or DEFAULT.get(target.kind)
+    if chosen is None or target.kind not in BACKENDS[chosen].kinds:
+        served = sorted({kind for backend in BACKENDS.values() for kind in backend.kinds})
+        what = f"backend {name!r} does not serve target {target}" if name else f"no backend serves target {target}"
+        raise TargetError(what, hint=f"this version of xform has backends for {', '.join(served)}; use one of those")
+    backend = BACKENDS[chosen]()
+    missing = backend.available(target)
+    if missing is not None:
+        raise TargetError(f"backend {chosen!r} is not available for target {target}: {missing}")
+    return backend

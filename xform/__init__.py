@@ -1,1 +1,54 @@
 """xform: a compiler and graph-rewriting framework for trained neural networks."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from xform.errors import (
+    BudgetError,
+    CaptureError,
+    ModelError,
+    OutputError,
+    RequirementError,
+    TargetError,
+    UsageError,
+    VerificationError,
+    XformError,
+)
+from xform.target import Target
+
+if TYPE_CHECKING:
+    from xform.api import optimize
+    from xform.optimized import Optimized
+
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "ModelError",
+    "Optimized",
+    "OutputError",
+    "RequirementError",
+    "Target",
+    "TargetError",
+    "UsageError",
+    "VerificationError",
+    "XformError",
+    "__version__",
+    "optimize",
+]
+
+__version__ = metadata.version("xform")
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch only when it is asked for, so that `xform --help` is quick."""
+    if name == "optimize":
+        from xform.api import optimize
+
+        return optimize
+    if name == "Optimized":
+        from xform.optimized import Optimized
+
+        return Optimized
+    raise AttributeError(f"module 'xform' has no attribute {name!r}")

@@ -1,0 +1,105 @@
+"""What a backend is: it lowers a graph to an artifact that stands on its own, and loads that artifact to run it.
+
+A backend reads the graph and the target only. It never sees passes, reports or the user's calling convention: values go
+in and come out by name, and the API above it restores the signature of the original model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import onnx_ir as ir
+
+from xform.target import Target
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """How to lower a graph.
+
+    Attributes:
+        opset: Default-domain opset of the result; None keeps the source's, or the lowest newer one that the result
+            needs.
+        portable: Write standard ONNX operators only, so that any ONNX runtime can run the result.
+    """
+
+    opset: int | None = None
+    portable: bool = False
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load an artifact.
+
+    Attributes:
+        threads: Intra-op threads; None takes the target's number, or one per physical core.
+    """
+
+    threads: int | None = None
+
+
+@dataclass
+class Artifact(ABC):
+    """What a backend made of a graph.
+
+    Attributes:
+        backend: Name of the backend.
+        target: What it was lowered for.
+        metadata: JSON-ready facts about it: opset, lowered operators, session options, size.
+    """
+
+    backend: str
+    target: Target
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @abstractmethod
+    def save(self, path: Path) -> list[Path]:
+        """Write it to `path` atomically and return every file written. Raises OutputError."""
+
+
+class Runner(Protocol):
+    """A loaded artifact."""
+
+    @property
+    def input_names(self) -> Sequence[str]:
+        """Names of the inputs in the order of the graph."""
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        """Names of the outputs in the order of the graph."""
+
+    def run(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """Run once.
+
+        Args:
+            feeds: Input name to numpy array or torch tensor (one kind per call), of the declared dtype.
+
+        Returns:
+            The outputs in the order of `output_names`: torch tensors if any input was one, else numpy arrays.
+
+        Raises:
+            UsageError: A missing or unknown input, or a wrong dtype or rank.
+        """
+
+    def close(self) -> None:
+        """Release the memory and the threads; the runner cannot be used any more."""
+
+
+class Backend(Protocol):
+    """One way to run graphs. Implementations hold no state."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+
+    def available(self, target: Target) -> str | None:
+        """None if it can be used here for `target`, else what is missing and how to get it."""
+
+    def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> Artifact:
+        """Lower a copy of `graph`. Raises TargetError naming operators and nodes that it cannot run."""
+
+    def load(self, artifact: Artifact, options: LoadOptions) -> Runner:
+        """Load an artifact of this backend on this machine."""

@@ -1,0 +1,152 @@
+"""The bias that masks make, and the rows that it masks completely.
+
+The standard says: query `i` attends key `j` iff `j <= i + past` when causal, a boolean mask allows where it is true, a
+float mask is added, and a row with every key at -inf gives zeros (where a plain softmax gives NaN). The bias and
+the flags of such rows are made once for each mask, however many layers read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.backends.onnxruntime.emit import Site
+from xform.graph.values import constant, constant_tensor, is_op, shape_of
+
+_MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Slice", "Gather", "Transpose", "Tile", "Identity")
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to the logits.
+
+    Attributes:
+        value: Float bias that broadcasts to [B, H, S, T].
+        empty_rows: Bool [..., S or 1, 1], true where no key is left; None where that cannot happen.
+    """
+
+    value: ir.Value
+    empty_rows: ir.Value | None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The values whose dim 2 says how far the causal frontier reaches.
+
+    Attributes:
+        query: [B, H, S, D].
+        keys: New keys [B, Hkv, N, D].
+        past: Past keys [B, Hkv, P, D], or None; the frontier moves by P.
+        total: All keys [B, Hkv, T, D], T = P + N.
+    """
+
+    query: ir.Value
+    keys: ir.Value
+    past: ir.Value | None
+    total: ir.Value
+
+    def key(self) -> Hashable:
+        """What the causal bias depends on; lengths of one name are one length."""
+        return tuple(_length_key(value) for value in (self.query, self.keys, self.past))
+
+
+def make_bias(site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Lengths | None) -> Bias | None:
+    """The bias of `mask` and the causal rule together, or None when there is neither."""
+    if mask is None and causal is None:
+        return None
+    key = ("bias", mask, dtype, None if causal is None else causal.key())
+    bias: Bias = site.emitter.shared(site.graph, key, lambda: _make_bias(site, dtype, mask, causal))
+    return bias
+
+
+def _make_bias(site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Lengths | None) -> Bias:
+    causal_bias = None if causal is None else _causal_bias(site, dtype, causal)
+    if mask is None:
+        assert causal_bias is not None
+        return Bias(causal_bias, None)
+    mask_bias = mask
+    if mask.dtype is ir.DataType.BOOL:
+        mask_bias = _bias_where(site, mask, dtype)
+    total = mask_bias if causal_bias is None else site.op("Add", mask_bias, causal_bias)
+    if mask.dtype is not ir.DataType.BOOL and never_minus_infinity(mask):
+        return Bias(total, None)
+    axes = site.emitter.ints(-1)
+    if mask.dtype is ir.DataType.BOOL and causal_bias is None:
+        # a row is empty where no entry of the mask is true; on the flags this is cheaper than on the floats
+        highest = site.op("ReduceMax", site.op("Cast", mask, to=ir.DataType.INT32), axes, keepdims=1)
+        return Bias(total, site.op("Equal", highest, site.emitter.constant(0, ir.DataType.INT32, "zero")))
+    highest = site.op("ReduceMax", total, axes, keepdims=1)
+    return Bias(total, site.op("Equal", highest, site.emitter.constant(-np.inf, dtype, "minus_inf")))
+
+
+def _bias_where(site: Site, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:
+    zero = site.emitter.constant(0, dtype, "zero")
+    masked = site.emitter.constant(-np.inf, dtype, "minus_inf")
+    value: ir.Value = site.op("Where", allowed, zero, masked)
+    value.type = ir.TensorType(dtype)
+    return value
+
+
+def _causal_bias(site: Site, dtype: ir.DataType, lengths: Lengths) -> ir.Value:
+    """0 where key j <= query i + past, else -inf, shape [S, T]; ONNX Runtime folds it when the lengths are static."""
+    emitter = site.emitter
+    zero, one = emitter.constant(0, ir.DataType.INT64, "zero"), emitter.constant(1, ir.DataType.INT64, "one")
+    rows = site.op("Range", zero, _length(site, lengths.query), one)
+    if lengths.past is not None:
+        rows = site.op("Add", rows, _length(site, lengths.past))
+    columns = site.op("Range", zero, _length(site, lengths.total), one)
+    columns, rows = site.op("Unsqueeze", columns, emitter.ints(0)), site.op("Unsqueeze", rows, emitter.ints(1))
+    return _bias_where(site, site.op("LessOrEqual", columns, rows), dtype)
+
+
+def _length(site: Site, value: ir.Value) -> ir.Value:
+    """Dim 2 of a 4-D value as an int64 scalar: a constant when static."""
+    shape = shape_of(value)
+    if shape is not None and isinstance(shape[2], int):
+        return site.emitter.constant(shape[2], ir.DataType.INT64, "length")
+    index = site.emitter.constant(2, ir.DataType.INT64, "sequence_axis")
+    result: ir.Value = site.op("Gather", site.op("Shape", value), index, axis=0)
+    return result
+
+
+def _length_key(value: ir.Value | None) -> Hashable:
+    if value is None:
+        return None
+    shape = shape_of(value)
+    dim = None if shape is None else shape[2]
+    return value if dim is None else dim
+
+
+def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
+    """Whether a float mask provably holds no -inf.
+
+    Follows the two spellings that exporters write: `Where(allowed, 0, lowest)`, and `(1 - mask) * lowest` with a
+    mask cast from integers or booleans, through any operators that only move elements.
+    """
+    if depth == 0:
+        return False
+    tensor = constant_tensor(mask)
+    if tensor is not None:
+        data = constant(mask, max_elements=1 << 22)
+        return data is not None and not bool(np.isneginf(data.astype(np.float32)).any())
+    node = mask.producer()
+    if node is None:
+        return False
+    if is_op(node, "Where"):
+        return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs[1:3])
+    if is_op(node, "Cast", "CastLike") and _is_integral(node.inputs[0]):
+        return True
+    if is_op(node, "Cast", *_MOVES):
+        return node.inputs[0] is not None and never_minus_infinity(node.inputs[0], depth - 1)
+    if is_op(node, "Mul", "Sub", "Concat", "Max", "Min"):
+        return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs)
+    return False
+
+
+def _is_integral(value: ir.Value | None) -> bool:
+    return (
+        value is not None and value.dtype is not None and (value.dtype.is_integer() or value.dtype is ir.DataType.BOOL)
+    )

@@ -1,0 +1,144 @@
+"""Emitting operators in place of a semantic one.
+
+Backends stand on the graph alone, so this is a small editor of its own: it inserts nodes before an anchor, names them
+after the node they replace, and shares constants and helper values (a mask turned into a bias, say) among all nodes
+of one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.graph.values import ORIGIN, Array, display_name
+
+MICROSOFT = "com.microsoft"
+
+
+class Emitter:
+    """Creates nodes, constants and shared values in one model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._names = _all_names(model)
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._shared: dict[tuple[int, Hashable], Any] = {}
+        self.lowered: dict[str, int] = {}
+
+    def unique(self, hint: str) -> str:
+        """A name that no node or value has, made from `hint`."""
+        name, count = hint, 0
+        while name in self._names:
+            count += 1
+            name = f"{hint}_{count}"
+        self._names.add(name)
+        return name
+
+    def constant(self, data: Any, dtype: ir.DataType, hint: str = "constant") -> ir.Value:
+        """An initializer of the main graph, shared when the same data was asked for before."""
+        array: Array = np.asarray(data).astype(dtype.numpy())
+        key = (dtype.name, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self.unique(f"xform_{hint}")
+            tensor = ir.Tensor(array, dtype=dtype, name=name)
+            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+            self.model.graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+    def ints(self, *data: int) -> ir.Value:
+        """A 1-D int64 constant, the way shapes and axes are given."""
+        return self.constant(data, ir.DataType.INT64, "ints")
+
+    def at(self, node: ir.Node) -> Site:
+        """Where the replacement of `node` goes."""
+        return Site(self, node)
+
+    def count(self, form: str) -> None:
+        """Note that one node was lowered to `form`."""
+        self.lowered[form] = self.lowered.get(form, 0) + 1
+
+    def shared(self, graph: ir.Graph, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave the first time for this key in this graph."""
+        full = (id(graph), key)
+        if full not in self._shared:
+            self._shared[full] = make()
+        return self._shared[full]
+
+
+class Site:
+    """The place of one node that is being lowered."""
+
+    def __init__(self, emitter: Emitter, node: ir.Node) -> None:
+        if node.graph is None or isinstance(node.graph, ir.Function):
+            raise ValueError(f"node {node.name} is in no graph")
+        self.emitter = emitter
+        self.node = node
+        self.graph: ir.Graph = node.graph
+        self._base = node.name or next((o.name for o in node.outputs if o.name), None) or node.op_type
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Insert a node before the anchor; gives its output, or the list of them when `outputs` > 1."""
+        node = ir.node(
+            op_type,
+            list(inputs),
+            {k: v for k, v in attributes.items() if v is not None},
+            domain=domain,
+            num_outputs=outputs,
+            name=self.emitter.unique(f"{self._base}/{op_type}"),
+            metadata_props={**self.node.metadata_props, ORIGIN: display_name(self.node)},
+        )
+        for value in node.outputs:
+            value.name = self.emitter.unique(f"{self._base}/{op_type}_out")
+        if domain and domain not in self.emitter.model.opset_imports:
+            self.emitter.model.graph.opset_imports[domain] = 1
+        self.graph.insert_before(self.node, node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def typed(self, value: ir.Value, like: ir.Value) -> ir.Value:
+        """Give an emitted value the dtype of `like`."""
+        value.type = like.type
+        return value
+
+    def replace(self, replacements: Sequence[tuple[ir.Value, ir.Value]], form: str) -> None:
+        """Let every reader of an old output read its replacement, and remove the node.
+
+        The replacements keep the old names, types and shapes, so graph outputs stay what they were.
+        """
+        for old, new in replacements:
+            self._take_over(old, new)
+        self.graph.remove(self.node, safe=True)
+        self.emitter.count(form)
+
+    def _take_over(self, old: ir.Value, new: ir.Value) -> None:
+        if old.is_graph_output() and (new.producer() is None or new.is_graph_output()):
+            new = self.op("Identity", new)
+        if new.producer() is not None and not new.is_graph_output() and (old.is_graph_output() or not new.uses()):
+            name, old.name = old.name, None
+            new.name = name
+            new.type = old.type if old.type is not None else new.type
+            new.shape = old.shape if old.shape is not None else new.shape
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _all_names(model: ir.Model) -> set[str]:
+    names = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values()) if value.name}
+    for node in model.graph.all_nodes():
+        names.update(v.name for v in node.outputs if v.name)
+        if node.name:
+            names.add(node.name)
+        for attribute in node.attributes.values():
+            for graph in _subgraphs(attribute):
+                names.update(v.name for v in (*graph.inputs, *graph.initializers.values()) if v.name)
+    return names
+
+
+def _subgraphs(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.is_ref():
+        return []
+    if attribute.type is ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type is ir.AttributeType.GRAPHS else []

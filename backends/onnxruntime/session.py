@@ -1,0 +1,110 @@
+"""Opening an ONNX Runtime session on a graph without copying its weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from xform.backends.onnxruntime.available import PROVIDERS
+from xform.errors import TargetError
+
+_LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where shape inference reads them
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What a session is opened with.
+
+    Attributes:
+        intra_op_threads: Threads inside one operator: one per physical core, since hyperthreads share the vector units.
+        inter_op_threads: Operators run one after the other; running them side by side only splits the same cores.
+        graph_optimization: ONNX Runtime's own level. The lowered spellings rely on its fusions.
+    """
+
+    intra_op_threads: int
+    inter_op_threads: int = 1
+    graph_optimization: str = "all"
+
+    def options(self) -> Any:
+        """As ONNX Runtime takes them."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.intra_op_threads
+        options.inter_op_num_threads = self.inter_op_threads
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3  # errors; they are raised as well
+        return options
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use, at least 1; logical ones where the system does not tell."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            return max(len(allowed), 1)
+    return max(len(cores), 1)
+
+
+def open_session(model: ir.Model, settings: SessionSettings) -> tuple[Any, list[Any]]:
+    """A session, and the arrays that it reads its weights from and that must outlive it.
+
+    Raises:
+        TargetError: ONNX Runtime refuses the graph.
+    """
+    proto, lent = _serialize(model)
+    options = settings.options()
+    if lent:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
+        options.add_external_initializers(list(lent), values)
+    try:
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=list(PROVIDERS))
+    except Exception as error:
+        raise TargetError(
+            f"ONNX Runtime {ort.__version__} cannot load the lowered graph: {_first_line(error)}",
+            hint="run `xform inspect` on the saved result, or install a newer onnxruntime",
+        ) from error
+    return session, list(lent.values())
+
+
+def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The graph as a proto without its large initializers, and these as arrays by name; the model is left as it was."""
+    lent: dict[str, Any] = {}
+    kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None:
+                continue
+            if tensor.nbytes >= _LEND_FROM_BYTES and _lendable(tensor.dtype) and not value.is_graph_input():
+                lent[name] = np.require(tensor.numpy(), requirements=["C", "A"])
+                kept.append((value, tensor))
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor("lent", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+            elif isinstance(tensor, ir.ExternalTensor):
+                kept.append((value, tensor))
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+        return ir.to_proto(model), lent
+    finally:
+        for value, tensor in kept:
+            value.const_value = tensor
+
+
+def _lendable(dtype: ir.DataType) -> bool:
+    if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED) or dtype.bitwidth < 8:
+        return False
+    return dtype.numpy().kind in "fiub" and dtype.numpy().isbuiltin == 1
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:400] if lines else type(error).__name__

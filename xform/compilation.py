@@ -1,0 +1,235 @@
+"""One captured graph through the pipeline and a backend, verified, with its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner, get_backend
+from xform.errors import UsageError, VerificationError
+from xform.graph.clone import SOURCE_OPSET
+from xform.pipeline.manager import Progress, VerifyMode, run_pipeline
+from xform.pipeline.oracle import Oracle
+from xform.pipeline.presets import PRESETS, resolve
+from xform.pipeline.result import PipelineResult, size_of
+from xform.pipeline.tolerance import UserTolerance
+from xform.pipeline.verify import UserInputs, Verification, Verifier
+from xform.report.concepts import count_concepts
+from xform.report.schema import Report, VerificationReport
+from xform.rewrite.passes import Fidelity, Pass
+from xform.target import Target
+
+_LOOSENESS: tuple[Fidelity, ...] = ("exact", "approximate", "trained")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of `optimize` asked for, checked: see there for the fields."""
+
+    target: Target
+    preset: str
+    passes: tuple[Pass, ...]
+    backend: Backend
+    verify: VerifyMode
+    strict: bool
+    tolerance: UserTolerance | None
+    lowering: LowerOptions
+    progress: Progress | None = None
+
+    @staticmethod
+    def of(
+        target: str | Target,
+        preset: str,
+        passes: Sequence[str | Pass] | None,
+        backend: str | None,
+        calibration: object,
+        tolerance: UserTolerance | None,
+        verify: VerifyMode,
+        strict: bool,
+        lowering: LowerOptions,
+        progress: Progress | None,
+    ) -> Request:
+        """Check the arguments before any work is done.
+
+        Raises:
+            UsageError: An unknown target, preset, pass or backend, or options that do not go together.
+            TargetError: No backend here for the target.
+        """
+        if passes is None and preset not in PRESETS:
+            raise UsageError(f"there is no preset {preset!r}", hint=f"this version has: {', '.join(PRESETS)}")
+        chosen = tuple(resolve(preset, passes))
+        if calibration is not None and all(p.fidelity == "exact" for p in chosen):
+            raise UsageError(
+                "calibration was given, but every pass is exact and uses none",
+                hint=f"leave it out, or choose passes that calibrate instead of preset {preset!r}",
+            )
+        if verify not in ("off", "final", "each"):
+            raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")
+        parsed = Target.parse(target)
+        name = preset if passes is None else "custom"
+        where = get_backend(backend, parsed)
+        return Request(parsed, name, chosen, where, verify, strict, tolerance, lowering, progress)
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """The loosest fidelity of the passes."""
+        return max((p.fidelity for p in self.passes), key=_LOOSENESS.index, default="exact")
+
+
+@dataclass
+class Compiled:
+    """The result of one compilation.
+
+    Attributes:
+        graph: The canonical graph after the passes.
+        artifact: What the backend made of it.
+        report: What happened.
+    """
+
+    graph: ir.Model
+    artifact: Artifact
+    report: Report
+    backend: Backend
+    _runner: Runner | None = field(default=None, repr=False)
+
+    @property
+    def runner(self) -> Runner:
+        """The loaded artifact; loaded when first needed.
+
+        Raises:
+            TargetError: The runtime refuses it.
+        """
+        if self._runner is None:
+            self._runner = self.backend.load(self.artifact, LoadOptions())
+        return self._runner
+
+    def close(self) -> None:
+        """Release the runtime's memory and threads; the next use loads it again."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+
+def compile_graph(
+    captured: ir.Model,
+    request: Request,
+    *,
+    source: str,
+    inputs: UserInputs | None = None,
+    oracle: Oracle | None = None,
+    capture_seconds: float = 0.0,
+) -> Compiled:
+    """Run the passes, lower, and compare what the user will get with the captured model.
+
+    Args:
+        source: File or class name, for the report.
+        inputs: Input sets to verify on; random ones where absent.
+        oracle: The reference; the captured model run by ONNX Runtime where absent.
+
+    Raises:
+        VerificationError: The result differs from the reference, or (strict) could not be compared.
+        TargetError: The backend cannot run the graph.
+    """
+    result = run_pipeline(
+        captured,
+        request.passes,
+        target=request.target,
+        verify=request.verify,
+        strict=request.strict,
+        inputs=inputs,
+        tolerance=request.tolerance,
+        oracle=oracle,
+        progress=request.progress,
+    )
+    _refuse_failed(result.verification, "the optimized graph differs from the original")
+    start = time.perf_counter()
+    artifact = request.backend.lower(result.model, request.target, request.lowering)
+    seconds = {"capture": capture_seconds, **result.seconds, "lower": time.perf_counter() - start}
+    report = Report(source, str(request.target), request.preset, request.backend.name)
+    compiled = Compiled(result.model, artifact, report, request.backend)
+    verification = result.verification
+    if result.verifier is not None and verification.ok:
+        start = time.perf_counter()
+        verification = _judge_artifact(compiled, result.verifier, request.fidelity)
+        seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
+        _refuse_failed(verification, f"what backend {request.backend.name!r} runs differs from the original")
+    _fill(report, captured, compiled, result, verification, request)
+    report.seconds = seconds
+    return compiled
+
+
+def _refuse_failed(verification: Verification, what: str) -> None:
+    if verification.state == "failed":
+        raise VerificationError(
+            f"{what}: {verification.reason}",
+            hint="run `xform bisect` to find the pass and the node, or widen `tolerance` if the error is acceptable",
+        )
+
+
+def _judge_artifact(compiled: Compiled, verifier: Verifier, fidelity: Fidelity) -> Verification:
+    """Compare the loaded artifact, runtime optimizations included, with the reference."""
+    runner = compiled.runner
+    dtypes = {value.name: value.dtype for value in (*compiled.graph.graph.inputs, *compiled.graph.graph.outputs)}
+    results = []
+    for case in verifier.cases:
+        feeds = {name: _as_declared(array, dtypes.get(name)) for name, array in case.arrays.items()}
+        outputs = [_as_compared(output) for output in runner.run(feeds)]
+        results.append(dict(zip(runner.output_names, outputs, strict=True)))
+    return verifier.judge(results, fidelity)
+
+
+def _as_declared(array: Any, dtype: ir.DataType | None) -> Any:
+    """The verifier holds values of dtypes that NumPy lacks as float32."""
+    if dtype is None or not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        return array
+    return array.astype(dtype.numpy()) if dtype.numpy().isbuiltin != 1 else array
+
+
+def _as_compared(output: Any) -> Any:
+    is_extension = isinstance(output, np.ndarray) and output.dtype.isbuiltin != 1 and output.dtype.kind == "V"
+    return output.astype(np.float32) if is_extension else output
+
+
+def _fill(
+    report: Report,
+    captured: ir.Model,
+    compiled: Compiled,
+    result: PipelineResult,
+    verification: Verification,
+    request: Request,
+) -> None:
+    report.opset_before = captured.meta.get(SOURCE_OPSET)
+    report.opset_after = compiled.artifact.metadata.get("opset")
+    report.before = size_of(captured)
+    report.after = size_of(result.model)
+    report.passes = result.passes
+    report.remarks = list(result.remarks)
+    report.concepts = count_concepts(result.model)
+    report.verification = _verification_report(verification, request)
+    report.warnings.extend(f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back)
+    report.warnings.extend(captured.meta.get("xform.notes", ()))
+    report.warnings.extend(verification.notes)
+    if verification.state == "unverified":
+        report.warnings.append(f"the result is not verified: {verification.reason}")
+
+
+def _verification_report(verification: Verification, request: Request) -> VerificationReport:
+    floats = [output.rtol for output in verification.outputs]
+    return VerificationReport(
+        mode=request.verify,
+        passed={"ok": True, "failed": False}.get(verification.state),
+        max_abs_error=verification.max_abs_error,
+        max_rel_error=verification.max_rel_error,
+        tolerance=max(floats, default=None),
+        cases=len(verification.cases),
+        inputs="given" if any(case.startswith("user") for case in verification.cases) else "random",
+        reason=verification.reason,
+    )
+
+
+__all__ = ["Compiled", "Request", "compile_graph"]
