@@ -79,9 +79,7 @@ def _factor(given: Operand, node: ir.Node) -> Operand | None:
 
 def _transposed(given: Operand, node: ir.Node) -> Operand | None:
     source = node.inputs[0] if node.inputs else None
-    if source is None or rank_of(source) != given.rank:
-        return None
-    if is_op(node, "Transpose"):
+    if is_op(node, "Transpose") and source is not None and rank_of(source) == given.rank:
         inner = attribute(node, "perm", list(range(given.rank))[::-1])
         return replace(given, value=source, perm=tuple(inner[i] for i in given.perm))
     if is_op(node, "Reshape") and (below := _swap_by_reshape(node)) is not None:
