@@ -287,5 +287,6 @@ _FREE = _VIEWS | _names(
     "Greater GreaterOrEqual If IsInf IsNaN Less LessOrEqual Loop Multinomial NonZero Not OneHot Optional "
     "OptionalGetElement OptionalHasElement Or Pad RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range "
     "ReverseSequence Scan Scatter ScatterElements ScatterND SequenceAt SequenceConstruct SequenceEmpty SequenceInsert "
-    "SequenceLength Shape Size Slice SpaceToDepth Split SplitToSequence TensorScatter Tile TopK Transpose Trilu Unique Where Xor"
+    "SequenceLength Shape Size Slice SpaceToDepth Split SplitToSequence TensorScatter Tile TopK Transpose Trilu "
+    "Unique Where Xor"
 )
