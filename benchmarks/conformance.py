@@ -2,18 +2,21 @@
 
     python benchmarks/conformance.py --json
 
-Every node, simple and converted model of `onnx.backend.test.loader` is run by ONNX Runtime as it is; then it goes through xform and is run
-again, with the suite's inputs, expected outputs and tolerances. Workers are processes, so a crash of a native library is a result, not the end.
+Every node, simple and converted model of `onnx.backend.test.loader` is run by ONNX Runtime as it is; then it goes
+through xform and is run again, with the suite's inputs, expected outputs and tolerances. Workers are processes, so a crash of a
+native library is a result, not the end.
 
-Figures of the last line: `loaded` cases; `met_before` the runtime met the expected outputs as they came; `harmed` of these are no longer met,
-or xform raised (also where the runtime ran the original but missed the expected outputs: `not_met_before`); `unsupported_by_runtime` does not
-load or run as it came; `made_runnable` of these meet the expected outputs after (models of opset 6, mostly); `cured` met after but not before.
+Figures of the last line: `loaded` cases; `met_before` the runtime met the expected outputs as they came; `harmed` of
+these are no longer met, or xform raised (also where the runtime ran the original but missed the expected outputs:
+`not_met_before`); `unsupported_by_runtime` does not load or run as it came; `made_runnable` of these meet the expected
+outputs after (models of opset 6, mostly); `cured` met after but not before.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import os
 import sys
@@ -200,6 +203,19 @@ def through_upgrade(model: onnx.ModelProto) -> bytes:
     return _converted(model, down=False)
 
 
+def through_opset(model: onnx.ModelProto, opset: int) -> bytes:
+    """Converted up, then written at a given opset, operators that are newer expanded. Refusing is counted as raised."""
+    import onnx_ir as ir
+
+    from xform.graph.downgrade import downgrade
+    from xform.graph.opset import upgrade
+
+    graph = ir.serde.deserialize_model(model)
+    upgrade(graph)
+    downgrade(graph, opset)
+    return ir.serde.serialize_model(graph).SerializeToString()
+
+
 def through_round_trip(model: onnx.ModelProto) -> bytes:
     """Converted up and back down to the oldest opset that holds it, from its own on."""
     return _converted(model, down=True)
@@ -224,13 +240,16 @@ THROUGH: dict[str, Callable[[onnx.ModelProto], bytes]] = {
     "optimize": through_optimize,
     "upgrade": through_upgrade,
     "round-trip": through_round_trip,
+    **{f"opset-{n}": functools.partial(through_opset, opset=n) for n in range(7, 26)},
 }
 
 
 # --- one case -------------------------------------------------------------------------------------------------------
 
 
-def examine(kind: str, case: Any, transform: Callable[[onnx.ModelProto], bytes], said: Callable[[Result], None]) -> Result:
+def examine(
+    kind: str, case: Any, transform: Callable[[onnx.ModelProto], bytes], said: Callable[[Result], None]
+) -> Result:
     """Runs one case before and after; `said` hears about the state before anything that might crash the process."""
     result = Result(case.name, kind)
     start = time.perf_counter()
@@ -274,7 +293,12 @@ def _work(cases: list[tuple[str, Any]], through: str, pipe: Connection) -> None:
         if index is None:
             return
         kind, case = cases[index]
-        pipe.send(("done", index, examine(kind, case, transform, lambda r: pipe.send(("said", index, r)))))
+        said = functools.partial(_say, pipe, index)
+        pipe.send(("done", index, examine(kind, case, transform, said)))
+
+
+def _say(pipe: Connection, index: int, result: Result) -> None:
+    pipe.send(("said", index, result))
 
 
 class Worker:

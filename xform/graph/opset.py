@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from xform.errors import ModelError
 from xform.graph import upgrade_inputs, upgrade_meaning  # noqa: F401 - they register their adapters
-from xform.graph.opset_emit import Emitter, GraphLike, Names, replace, subgraphs
+from xform.graph.opset_emit import Emitter, GraphLike, Names, drop_unread, replace, subgraphs, unread
 from xform.graph.opset_schema import NEWEST_OPSET, OLDEST_OPSET, next_version
 from xform.graph.shapes import infer_shapes
 from xform.graph.upgrade_steps import ADAPTERS
@@ -52,10 +52,12 @@ def upgrade(model: ir.Model, to: int = IR_OPSET) -> None:
     parts += [(f, opset_of(f) or to) for f in model.functions.values()]
     if any(_needs_adapter(graph, frm, to) for graph, frm in parts):
         infer_shapes(model)
-    names = Names([graph for graph, _ in parts])
+    graphs = [graph for graph, _ in parts]
+    names, unread_before = Names(graphs), unread(graphs)
     for graph, frm in parts:
         if frm < to:
             _upgrade_graph(graph, frm, to, names)
+    drop_unread(graphs, unread_before)
     _stamp(model.graph, max(to, opset or to))
     for function in model.functions.values():
         _stamp(function, max(to, opset_of(function) or to))

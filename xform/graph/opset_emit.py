@@ -61,12 +61,14 @@ class Emitter:
         node: The node that is being converted; new nodes carry its origin and metadata.
         opset: The opset that the new nodes are written at.
         names: Names taken in the model.
+        expands: Whether an operator may be written out in more elementary ones.
     """
 
-    def __init__(self, node: ir.Node, opset: int, names: Names) -> None:
+    def __init__(self, node: ir.Node, opset: int, names: Names, expands: bool = True) -> None:
         assert node.graph is not None
         self.node = node
         self.opset = opset
+        self.expands = expands
         self.nodes: list[ir.Node] = []
         self._graph: GraphLike = node.graph
         self._names = names
@@ -131,7 +133,7 @@ def replace(node: ir.Node, emitter: Emitter, outputs: Sequence[ir.Value]) -> Non
     assert len(outputs) == len(node.outputs)
     for old, new in zip(node.outputs, outputs, strict=True):
         assert new.producer() in emitter.nodes
-        new.name = old.name
+        new.name = old.name or new.name
         new.type = old.type if old.type is not None else new.type
         new.shape = old.shape if old.shape is not None else new.shape
         new.metadata_props.update(old.metadata_props)
@@ -139,6 +141,28 @@ def replace(node: ir.Node, emitter: Emitter, outputs: Sequence[ir.Value]) -> Non
     graph.insert_before(node, emitter.nodes)
     ir.convenience.replace_all_uses_with(node.outputs, outputs, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+    for made in reversed(emitter.nodes):  # what only fed an output that nobody reads
+        if not any(o.uses() or o.is_graph_output() for o in made.outputs):
+            graph.remove(made, safe=True)
+            emitter.nodes.remove(made)
+
+
+def unread(graphs: Sequence[GraphLike]) -> set[ir.Value]:
+    """Initializers, also of bodies, that no node reads."""
+    found: set[ir.Value] = set()
+    for graph in graphs:
+        if isinstance(graph, ir.Graph):
+            found.update(v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output())
+        for node in graph:
+            found |= unread(list(subgraphs(node)))
+    return found
+
+
+def drop_unread(graphs: Sequence[GraphLike], keep: set[ir.Value]) -> None:
+    """Removes the initializers that nothing reads any more, but for those in `keep` and those that callers may set."""
+    for value in unread(graphs) - keep:
+        if value.graph is not None and value.name is not None and not value.is_graph_input():
+            value.graph.initializers.pop(value.name)
 
 
 def set_input(node: ir.Node, index: int, value: ir.Value | None) -> None:

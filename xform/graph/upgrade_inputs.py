@@ -10,6 +10,7 @@ from xform.graph.opset_emit import Emitter, get_input, set_attribute, set_input
 from xform.graph.upgrade_steps import refuse, step
 from xform.graph.values import attribute, constant, rank_of, shape_of
 
+EQUAL_SPLIT = "xform.equal_split"  # node.meta: its definition allowed equal parts only
 _REDUCTIONS = (
     "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax",
     "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSumSquare",
@@ -246,6 +247,7 @@ def _split_18(node: ir.Node, _emit: Emitter) -> None:
     """An equal split has to say into how many parts."""
     if get_input(node, 1) is None:
         set_attribute(node, "num_outputs", len(node.outputs))
+        node.meta[EQUAL_SPLIT] = True
 
 
 @step(16, "RoiAlign")
