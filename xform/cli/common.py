@@ -128,11 +128,12 @@ def read_inputs(path: Path | None) -> dict[str, npt.NDArray[Any]] | None:
     if path is None:
         return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise UsageError("inputs are no .npz archive", where=str(path), hint=_NPZ_HINT)
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UsageError("inputs are no .npz archive", where=str(path), hint=_NPZ_HINT)
+        with archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise UsageError(f"inputs could not be read: {first_line(error)}", where=str(path), hint=_NPZ_HINT) from error
 
 

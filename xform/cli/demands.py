@@ -10,7 +10,6 @@ from typing import Any
 
 from xform.cli.common import closest, human_bytes
 from xform.errors import BudgetError, RequirementError, UsageError
-from xform.report.concepts import CONCEPTS
 from xform.report.schema import LatencyReport
 from xform.report.terminal import findings, node_list
 from xform.rewrite.remarks import Remark
@@ -50,6 +49,8 @@ def parse_requirement(text: str) -> Requirement:
         UsageError: Not of this form, or a name that is neither a concept nor an operator: it could never be met, or
             would always be.
     """
+    from xform.report.concepts import CONCEPTS
+
     match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(?:(>=|<=|==|!=|=|>|<)\s*(\d+))?\s*", text)
     if match is None:
         raise UsageError(f"--require {text!r} is no requirement", hint="write for example attention>=12")

@@ -25,7 +25,6 @@ from xform.cli.common import (
 from xform.cli.pass_options import requested_passes
 from xform.cli.progress import progress_bar
 from xform.errors import UsageError
-from xform.report.concepts import CONCEPTS
 from xform.report.terminal import findings, findings_table
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def explain(
     from xform.capture.onnx_file import capture_onnx
     from xform.passes import PASSES
     from xform.pipeline.manager import run_pipeline
-    from xform.report.concepts import count_concepts
+    from xform.report.concepts import CONCEPTS, count_concepts
 
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,25 +19,27 @@ from xform.cli.common import (
     Preset,
     Session,
     Settings,
+    Sizes,
     TargetText,
     ToleranceOption,
     VerifyMode,
     human_bytes,
     parse_dynamic,
     parse_size,
+    parse_sizes,
     read_inputs,
     session_of,
+    verify_mode,
 )
 from xform.cli.demands import Budgets, Requirement, check_requirements, parse_requirement, requirements_found
 from xform.cli.pass_options import requested_passes
 from xform.cli.progress import progress_bar
 from xform.errors import UsageError, VerificationError
-from xform.report.concepts import count_concepts, count_op_types
-from xform.report.files import write_report
 from xform.report.terminal import report_view
 
 if TYPE_CHECKING:
     from xform.api import Optimized
+    from xform.report.schema import LatencyReport
 
 
 def optimize(
@@ -73,6 +76,7 @@ def optimize(
         float | None, typer.Option("--max-error", min=0, help="Relative error allowed in the end (exit 6).")
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure latency before and after.")] = False,
+    size: Sizes = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the report here: .json or .html.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every pass and every missed remark.")] = False,
     json: Json = False,
@@ -81,10 +85,11 @@ def optimize(
     """Optimize an ONNX model, verify it, and write it.
 
     Nothing is written to the output unless every demand (verification, --require, budgets) is met. The report is
-    written in any case.
+    written in any case. Latency is measured on --inputs, or on random ones with the dimensions of --size.
     """
     session = session_of(context)
     demands = [parse_requirement(text) for text in require or ()]
+    feeds, sizes = read_inputs(inputs), parse_sizes(size)
     budgets = Budgets(max_latency_ratio, None if max_size is None else parse_size(max_size), max_error)
     _check_output(model, output, report)
     from xform.api import optimize as run
@@ -93,21 +98,28 @@ def optimize(
         result = run(
             model,
             target=target,
-            inputs=read_inputs(inputs),
+            inputs=feeds,
             dynamic=parse_dynamic(dynamic),
             preset=preset,
-            passes=requested_passes(preset, passes, set_),
+            passes=requested_passes(preset, passes, set_) if passes is not None or set_ else None,
             backend=backend,
             calibration=read_inputs(calibration),
             tolerance=tolerance,
-            verify=verify,
+            verify=verify_mode(verify),
             strict=strict,
             opset=opset,
             portable=portable,
             progress=advance,
         )
     try:
-        _hold(session, result, model, demands, budgets, measure or max_latency_ratio is not None)
+        _require(session, result, demands)
+        if measure or max_latency_ratio is not None:
+            result.report.latency = _measure_latency(session, result, model, feeds, sizes)
+        budgets.check(
+            size=None if max_size is None else _measure_size(result),
+            latency=result.report.latency,
+            error=result.report.verification.max_rel_error,
+        )
         if output is not None:
             _save(session, result, output)
     finally:
@@ -130,40 +142,35 @@ def _check_output(model: Path, output: Path | None, report: Path | None) -> None
         raise UsageError("the model and the report have one name", where=str(output))
 
 
-def _hold(
-    session: Session,
-    result: Optimized,
-    model: Path,
-    demands: list[Requirement],
-    budgets: Budgets,
-    measure: bool,
-) -> None:
-    """Compare the result with every demand; the first that is not met raises, in the order of exit codes."""
-    report = result.report
+def _require(session: Session, result: Optimized, demands: list[Requirement]) -> None:
+    """Compare the result with the requirements and with what verification found. Raises the first that is not met."""
+    from xform.report.concepts import count_concepts, count_op_types
+
     counts = {**count_op_types(result.graph), **count_concepts(result.graph)}
     session.document["requirements"] = requirements_found(demands, counts)
-    check_requirements(demands, counts, report.remarks)
-    if report.verification.passed is False:
-        raise VerificationError(f"the result differs from the model: {report.verification.reason}")
-    size = None
-    if measure or budgets.max_size is not None:
-        size = _try_out(session, result, model, measure)
-    budgets.check(size=size, latency=report.latency, error=report.verification.max_rel_error)
+    check_requirements(demands, counts, result.report.remarks)
+    if result.report.verification.passed is False:
+        raise VerificationError(f"the result differs from the model: {result.report.verification.reason}")
 
 
-def _try_out(session: Session, result: Optimized, model: Path, measure: bool) -> int:
-    """Write the result to a temporary folder; its size in bytes, and its latency into the report if asked."""
+def _measure_size(result: Optimized) -> int:
+    """Bytes of all files of the result, written to a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="xform-") as folder:
+        return sum(file.stat().st_size for file in result.save(Path(folder, "model.onnx")))
+
+
+def _measure_latency(
+    session: Session, result: Optimized, model: Path, feeds: Mapping[str, Any] | None, sizes: Mapping[str, int] | None
+) -> LatencyReport:
+    """Latency of the model as it came and of the result, in turn."""
     from xform.capture.onnx_file import capture_onnx
     from xform.pipeline.random_inputs import random_inputs
     from xform.report.latency import compare
 
-    with tempfile.TemporaryDirectory(prefix="xform-") as folder:
-        files = result.save(Path(folder, model.stem + ".onnx"))
-        if measure:
-            feeds = random_inputs(capture_onnx(model))
-            with progress_bar(session, "measuring") as advance:
-                result.report.latency = compare(model, files[0], feeds, progress=advance)
-        return sum(file.stat().st_size for file in files)
+    complete = random_inputs(capture_onnx(model), 0, sizes, feeds)
+    with tempfile.TemporaryDirectory(prefix="xform-") as folder, progress_bar(session, "measuring") as advance:
+        after = result.save(Path(folder, "model.onnx"))[0]
+        return compare(model, after, complete, progress=advance)
 
 
 def _save(session: Session, result: Optimized, output: Path) -> None:
@@ -176,6 +183,8 @@ def _save(session: Session, result: Optimized, output: Path) -> None:
 
 def _tell(session: Session, result: Optimized, path: Path | None, verbose: bool) -> None:
     """The report on the terminal, in the document, and in its file."""
+    from xform.report.files import write_report
+
     session.document["report"] = result.report.as_dict()
     session.say(report_view(result.report, verbose=verbose))
     if path is not None:

@@ -80,9 +80,8 @@ def pass_table(passes: Sequence[PassReport], *, verbose: bool = False) -> Render
         style = "red" if entry.status == "rolled_back" else None
         table.add_row(entry.name, *pass_cells(entry), style=style)
     idle = len(passes) - len(shown)
-    if not idle:
-        return table
-    return Group(table, Text(f"{idle} more pass runs found nothing to do", style="dim"))
+    rest = Text(f"{idle} {'more ' if shown else ''}pass runs found nothing to do", style="dim")
+    return Group(*([table] if shown else []), *([rest] if idle else []))
 
 
 def pass_cells(entry: PassReport) -> list[str]:
