@@ -21,6 +21,7 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
+from xform.passes.reparameterize import FoldBatchNorm
 from xform.rewrite.passes import Pass
 
 PASSES: dict[str, type[Pass]] = {
@@ -36,6 +37,7 @@ PASSES: dict[str, type[Pass]] = {
         RaiseRotary,
         RaiseAttention,
         # reparameterize
+        FoldBatchNorm,
         # cleanup
         EliminateIdentities,
         FoldConstants,
