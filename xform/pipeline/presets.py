@@ -12,25 +12,32 @@ from xform.passes import PASSES
 from xform.rewrite.passes import Pass
 
 EXACT: tuple[str, ...] = (
+    # what every later pass may rely on: shapes, no identities, constants that are constants
     "infer_shapes",
-    "fold_constants",
-    "remove_dead_code",
     "eliminate_identities",
+    "fold_constants",
+    "fold_shape_arithmetic",
     "eliminate_no_ops",
+    "remove_dead_code",
+    # every spelling to the semantic operator, from the small ones to attention, which is spelled with them
     "raise_linear",
     "raise_layer_norm",
     "raise_rms_norm",
     "raise_gelu",
-    "raise_silu",
+    "raise_activation",
     "raise_softmax",
     "raise_rotary",
     "raise_attention",
+    # algebra on weights
     "fold_batch_norm",
+    # what the above left behind
     "simplify_layout",
     "fold_shape_arithmetic",
-    "eliminate_common_subexpressions",
+    "eliminate_no_ops",
     "deduplicate_initializers",
+    "eliminate_common_subexpressions",
     "remove_dead_code",
+    "infer_shapes",
 )
 
 PRESETS: Mapping[str, tuple[str, ...]] = {"exact": EXACT}
