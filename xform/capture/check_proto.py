@@ -125,6 +125,8 @@ def _opsets(imports: Iterable[onnx.OperatorSetIdProto], where: str) -> dict[str,
     opsets: dict[str, int] = {}
     for entry in imports:
         domain = _domain(entry.domain)
+        if domain != "" and not 0 <= entry.version < 2**31:
+            raise ModelError(f"{where} imports domain '{domain}' at the impossible version {entry.version}")
         if opsets.setdefault(domain, entry.version) != entry.version:
             versions = f"{opsets[domain]} and {entry.version}"
             raise ModelError(f"{where} imports domain '{domain or 'ai.onnx'}' at two versions: {versions}")
@@ -190,8 +192,13 @@ def _declare(scope: _Scope, names: Iterable[str], where: str) -> None:
 
 def _check_outputs(names: Iterable[str], scope: _Scope, where: str) -> None:
     for name in names:
-        if not scope.declares(name):
-            raise ModelError(f"the output '{name}' of {where} is computed by no node", where=name)
+        if name not in scope.declared:
+            outside = scope.declares(name)
+            raise ModelError(
+                f"the output '{name}' of {where} is computed by no node" + (" of that graph" if outside else ""),
+                where=name,
+                hint="put an Identity node in between" if outside else "the file is damaged; export it again",
+            )
 
 
 def _check_nodes(nodes: Iterable[onnx.NodeProto], scope: _Scope, context: _Context, depth: int) -> None:
