@@ -22,10 +22,10 @@ def is_constant(value: ir.Value | None) -> bool:
     """
     if value is None or value.is_graph_input():
         return False
-    if value.is_initializer():
-        return value.const_value is not None
     producer = value.producer()
-    return producer is not None and producer.op_type == "Constant" and producer.domain in ONNX_DOMAINS
+    if producer is None:  # an initializer, or one that a rewrite has made and not yet put into the graph
+        return value.const_value is not None
+    return producer.op_type == "Constant" and producer.domain in ONNX_DOMAINS
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
