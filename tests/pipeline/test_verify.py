@@ -157,6 +157,16 @@ def test_large_weights_are_lent_not_copied(planted):
     assert all(model.graph.initializers[name].const_value is tensor for name, tensor in tensors.items())
 
 
+def test_weights_that_nothing_reads(planted):
+    model = planted.chain(width=64, dims=("batch", 64))
+    other = clone(model)
+    spare = ir.Value(name="spare", const_value=ir.tensor(np.ones((64, 64), np.float32), name="spare"))
+    other.graph.register_initializer(spare)
+    assert verify(model, other).ok
+    assert verify(other, model).ok
+    assert spare.const_value.numpy().sum() == 64 * 64
+
+
 def test_external_weights_run_from_where_they_are(planted, tmp_path):
     model = planted.chain(width=64, dims=("batch", 64))
     ir.save(model, tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)

@@ -144,13 +144,18 @@ def serialize(model: ir.Model, *, lend: bool = True) -> tuple[onnx.ModelProto, d
     The model itself is as before when this returns.
     """
     lent: dict[str, Any] = {}
+    unread: set[str] = set()  # the runtime drops what nothing reads, and then cannot find what is lent to it
     kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
     try:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if tensor is None or value.is_graph_input():
                 continue
-            if lend and tensor.nbytes >= LEND_FROM_BYTES and _lendable(tensor.dtype):
+            if not value.uses() and not value.is_graph_output():
+                unread.add(name)
+                kept.append((value, tensor))
+                value.const_value = _placeholder(name, tensor)
+            elif lend and tensor.nbytes >= LEND_FROM_BYTES and _lendable(tensor.dtype):
                 lent[name] = _aligned(tensor.numpy())
                 kept.append((value, tensor))
                 value.const_value = _placeholder(name, tensor)
@@ -161,6 +166,10 @@ def serialize(model: ir.Model, *, lend: bool = True) -> tuple[onnx.ModelProto, d
     finally:
         for value, tensor in kept:
             value.const_value = tensor
+    if unread:
+        read = [tensor for tensor in proto.graph.initializer if tensor.name not in unread]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(read)
     proto.ir_version = min(proto.ir_version, _MAX_IR_VERSION)
     _widen_interface(proto.graph)
     return proto, lent

@@ -228,7 +228,7 @@ def _numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
 
 
 def _mask(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Zeros and ones, a 1 in every row: for [batch, length] a full row and right-padded ones, else three in four are 1."""
+    """Zeros and ones, a 1 in every row: [batch, length] has full and right-padded rows, else three in four are 1."""
     if not shape:
         return np.ones(shape, bool)
     if len(shape) == 2 and shape[1] > 0:
