@@ -22,26 +22,36 @@ class Sample(RewritePass):
         return []
 
 
-@pytest.fixture(autouse=True)
+def test_every_preset_resolves():
+    for name, passes in presets.PRESETS.items():
+        assert [one.name for one in presets.resolve(name)] == list(passes)
+        assert all(one.fidelity == "exact" for one in presets.resolve(name)) or name != "exact"
+
+
+@pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(presets, "PASSES", {"sample_pass": Sample})
     monkeypatch.setattr(presets, "PRESETS", {"exact": ("sample_pass", "sample_pass")})
 
 
+@pytest.mark.usefixtures("registry")
 def test_preset():
     assert presets.resolve("exact") == [Sample(), Sample()]
 
 
+@pytest.mark.usefixtures("registry")
 def test_passes_in_place_of_the_preset():
     assert presets.resolve("exact", passes=["sample_pass"]) == [Sample()]
     assert presets.resolve("exact", passes=[Sample(5)]) == [Sample(5)]
     assert presets.resolve("exact", passes=[]) == []
 
 
+@pytest.mark.usefixtures("registry")
 def test_options():
     assert presets.resolve(passes=["sample_pass"], options={"sample_pass": {"limit": 7}}) == [Sample(7)]
 
 
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(
     ("arguments", "what", "hint"),
     [
