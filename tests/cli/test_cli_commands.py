@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Run, save_mlp
+from cli_support import Run, save_mlp
 
 CLI = Callable[..., Run]
 
@@ -87,7 +87,7 @@ class TestVerify:
         onnx.save(model, tmp_path / "other.onnx")
         run = xform("verify", mlp, "other.onnx")
         assert run.code == 5
-        assert "outputs changed" in run.err
+        assert "interfaces differ" in run.err
 
 
 class TestDiff:
