@@ -255,8 +255,11 @@ def families() -> list[Family]:
         ),
         Family(
             "whisper_decoder",
-            _call(t.WhisperModel, _whisper_config, ["input_ids", "encoder_hidden_states"], "decoder", use_cache=False),
-            {"input_ids": ("batch", "seq"), "encoder_hidden_states": ("batch", 20, HIDDEN)},
+            _call(
+                t.WhisperModel, _whisper_config, ["input_ids", "attention_mask", "encoder_hidden_states"], "decoder",
+                use_cache=False,
+            ),
+            {**TEXT, "encoder_hidden_states": ("batch", 20, HIDDEN)},
             TEXT_SIZES, {"attention": 2 * LAYERS, "layer_norm": 3 * LAYERS + 1, "gelu": LAYERS},
         ),
     ]  # fmt: skip

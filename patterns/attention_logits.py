@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from xform.graph.values import Dim, attribute, constant, display_name, is_op, rank_of, scalar, shape_of
+from xform.graph.values import Dim, attribute, constant, display_name, is_op, rank_of, same_dim, scalar, shape_of
 from xform.rewrite.rule import Failure
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -84,10 +84,9 @@ class Logits:
         return replace(self.through(node), steps=(*self.steps, step))
 
     def scaled(self, node: ir.Node, factor: float) -> Logits:
-        if self.steps:
-            return self.with_step(node, Multiply(factor))
-        capped = self.softcap * factor
-        return replace(self.through(node), scale=self.scale * factor, softcap=capped)
+        """The same, times `factor`: the product, its cap, and the masks applied so far."""
+        taken = self.with_step(node, Multiply(factor)) if self.steps else self.through(node)
+        return replace(taken, scale=self.scale * factor, softcap=self.softcap * factor)
 
 
 def walk_logits(value: ir.Value) -> Logits | Failure:
@@ -130,6 +129,8 @@ def _scaled(node: ir.Node, walk: _Walk, value: ir.Value, factor: float) -> Logit
         return inner
     if not (math.isfinite(factor) and factor > 0):
         return Failure(f"the logits are scaled by {factor} at {display_name(node)}, not by a positive number", (node,))
+    if factor > 1 and any(isinstance(s, Fill) and math.isfinite(s.fill) for s in inner.steps):
+        return Failure(f"{display_name(node)} scales up logits that were filled before", (node,))
     return inner.scaled(node, factor) if inner.widened is None else _late(node)
 
 
@@ -153,7 +154,7 @@ def _add(node: ir.Node, walk: _Walk) -> Logits | Failure:
         if isinstance(inner, Failure):
             failure = failure or inner
             continue
-        if not _covers(value, node.outputs[0]):
+        if not _covers(value, mask):
             failure = failure or Failure(f"{display_name(node)} broadcasts the logits", (node,))
             continue
         if inner.widened is not None:
@@ -171,7 +172,7 @@ def _where(node: ir.Node, walk: _Walk) -> Logits | Failure:
     inner = walk(value)
     if isinstance(inner, Failure):
         return inner
-    if not _covers(value, node.outputs[0]):
+    if not _covers(value, condition):
         return Failure(f"{display_name(node)} broadcasts the logits", (node,))
     if inner.widened is not None:
         return _late(node)
@@ -207,15 +208,20 @@ def _reshape(node: ir.Node, walk: _Walk) -> Logits | Failure:
         return Failure(
             f"the view {display_name(node)} of the logits changes queries or keys, or its shape is unknown", (node,)
         )
-    if before == after and None not in before:
+    if _same_elements(before, after):
         return inner.through(node)
     if inner.view is None and len(after) == len(before) + 1:
         return replace(inner.through(node), view=after, _base=before, _outside=len(inner.steps))
-    if inner.view is not None and after == inner._base and None not in after:
+    if inner.view is not None and inner._base is not None and _same_elements(inner._base, after):
         if not all(isinstance(s, AddMask) for s in inner.steps[inner._outside :]):
             return Failure(f"more than additions happen inside the view that {display_name(node)} closes", (node,))
         return replace(inner.through(node), view=None, _base=None)
     return Failure(f"the view {display_name(node)} of the logits is not taken back before the softmax", (node,))
+
+
+def _same_elements(before: tuple[Dim, ...], after: tuple[Dim, ...]) -> bool:
+    """Whether two shapes of as many elements are the same: all dims but the first are known to be."""
+    return len(before) == len(after) and None not in after[1:] and before[1:] == after[1:]
 
 
 def _transpose(node: ir.Node, walk: _Walk) -> Logits | Failure:
@@ -250,12 +256,20 @@ def _pair(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     return first, second
 
 
-def _covers(value: ir.Value, result: ir.Value) -> bool:
-    """Whether `result` provably has the shape of `value`: broadcasting did not make the logits larger."""
-    ours, theirs = shape_of(value), shape_of(result)
-    if ours is None or theirs is None or len(ours) != len(theirs):
+def _covers(value: ir.Value, *others: ir.Value) -> bool:
+    """Whether broadcasting `value` against `others` provably leaves its shape as it is."""
+    ours = shape_of(value)
+    if ours is None:
         return False
-    return all(a is not None and a == b for a, b in zip(ours, theirs, strict=True))
+    for other in others:
+        theirs = shape_of(other)
+        if theirs is None or len(theirs) > len(ours):
+            return False
+        for a, b in zip(ours[::-1], theirs[::-1], strict=False):
+            settled = isinstance(a, int) and a != 1  # b is 1 or the same, or the model is invalid
+            if not (b == 1 or settled or same_dim(a, b)):
+                return False
+    return True
 
 
 def _always_open(condition: ir.Value, keeps: bool) -> bool:
