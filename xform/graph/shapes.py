@@ -191,7 +191,9 @@ def _improve(value: ir.Value, found: list[Expr | None], data: ShapeData) -> bool
     else:
         old = list(known.dims)
     computed = [_as_dim(data.spell(d)) for d in found]
-    merged = [_merge_dim(o, n, keep_names=keep_names) for o, n in zip(old, computed, strict=True)]
+    merged = [
+        o if isinstance(o, int) else _merge_dim(o, n, keep_names=keep_names) for o, n in zip(old, computed, strict=True)
+    ]
     if known is not None and list(known.dims) == merged:
         return False
     value.shape = ir.Shape(merged)
@@ -223,13 +225,21 @@ def _merge_value(value: ir.Value, found: onnx.TypeProto) -> bool:
 def _merge_shape(value: ir.Value, inferred: list[Dim]) -> bool:
     known = value.shape
     keep_names = value.is_graph_output()
-    if known is None or len(known) != len(inferred):
+    if known is None or _contradicts(known, inferred):
         value.shape = ir.Shape([None if keep_names and _generated(d) else d for d in inferred])
         return False
     merged = [_merge_dim(old, new, keep_names=keep_names) for old, new in zip(known.dims, inferred, strict=True)]
     if merged != list(known.dims):
         value.shape = ir.Shape(merged)
     return any(m != i and not (i is None or _generated(m)) for m, i in zip(merged, inferred, strict=True))
+
+
+def _contradicts(written: ir.Shape, inferred: list[Dim]) -> bool:
+    """Whether two shapes cannot both be true; then nothing of the written one is to be trusted."""
+    if len(written) != len(inferred):
+        return True
+    pairs = zip(written.dims, inferred, strict=True)
+    return any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
 
 
 def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
@@ -247,18 +257,14 @@ def _unnamed(dim: Dim) -> bool:
 
 
 def _merge_dim(old: Dim, new: Dim, *, keep_names: bool) -> Dim:
-    """One dim: a number beats a name, the derived beats the written, a real name beats a generated or no name."""
-    if keep_names and not _unnamed(old) and not isinstance(old, int):
-        return old
-    if isinstance(new, int) or isinstance(old, int):
-        return new if isinstance(new, int) else old
+    """One dim: the derived beats the written, any name beats a generated one, and that beats none."""
+    if isinstance(new, int):
+        return new if isinstance(old, int) or not keep_names or _unnamed(old) else old
+    if keep_names:
+        return old if not _unnamed(old) else ir.SymbolicDim(None) if _unnamed(new) else new
     if not _unnamed(new):
         return new
-    if not _unnamed(old):
-        return old
-    if keep_names:
-        return ir.SymbolicDim(None)
-    return old if new.value is None else new
+    return old if not _unnamed(old) or new.value is None else new
 
 
 # Operators whose rule is one line, so that the proto round trip is spared
