@@ -254,7 +254,8 @@ def test_into_all_readers_after() -> None:
 
 def test_pointwise_conv_transpose_after() -> None:
     """In ONNX Runtime: the reference evaluator cannot run grouped transposed convolutions."""
-    text = """g (float[2,4,5,5] x, float[4,3,1,1] w, float[4] s, float[4] o, float[4] m, float[4] v) => (float[2,6,5,5] y)
+    text = """g (float[2,4,5,5] x, float[4,3,1,1] w, float[4] s, float[4] o, float[4] m, float[4] v)
+        => (float[2,6,5,5] y)
         { n = BatchNormalization (x, s, o, m, v)
           y = ConvTranspose <group = 2> (n, w) }"""
     m = parse(text, {"w": floats(4, 3, 1, 1), **stats(4, dtype="float32")})
