@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from xform.capture.torch_pytree import PLAIN, flatten, path_name, register_classes, unflatten
@@ -60,6 +61,15 @@ class Signature:
     def of(module: torch.nn.Module) -> Signature:
         """The signature of a module's forward."""
         return Signature(inspect.signature(module.forward))
+
+    @staticmethod
+    def of_program(program: ExportedProgram, module: torch.nn.Module) -> Signature:
+        """The signature of an exported program's module, which takes arguments exactly as they were exported."""
+        positional, keywords = program.call_spec.in_spec.children()
+        names = list(inspect.signature(module.forward).parameters)[: positional.num_children]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords.context]
+        return Signature(inspect.Signature(parameters))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter, in the order of the signature, without those that only repeat a plain default.
@@ -148,7 +158,7 @@ class Results:
         constants: Per leaf, its value where it is a constant.
         names: Name per graph output.
         integers: Graph outputs that are a Python int in the original's result (a size, say).
-        complex: Graph outputs that are complex in the original's result; the graph gives them as real and imaginary part.
+        complex: Graph outputs that are complex in the original's result; the graph gives a last dim of 2.
     """
 
     spec: pytree.TreeSpec

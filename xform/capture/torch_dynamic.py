@@ -140,8 +140,7 @@ def sizes_of(
     A symbol is called as requested, or else `batch` as the first axis of an input, `sequence` as the second axis of
     ids, embeddings or waveforms, and otherwise after the first input axis that it is the size of.
     """
-    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    tensors = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    tensors = input_values(program)
     symbols: dict[str, str] = {}
     batch_size: int | None = None
     for name, tensor in zip(names, tensors, strict=True):
@@ -163,16 +162,20 @@ def sizes_of(
     return Sizes(shapes, _ranges(program, symbols, requests)), symbols
 
 
-def dims_of(program: ExportedProgram) -> dict[str, dict[int, DimRequest | None]]:
-    """The dynamic dims that an exported program has, as requests for its inputs by name."""
+def input_values(program: ExportedProgram) -> list[torch.Tensor]:
+    """The fake tensors that stand for a program's tensor inputs, in order."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    inputs = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str) and name in values]
+    return [value for value in inputs if isinstance(value, torch.Tensor)]
+
+
+def dims_of(program: ExportedProgram, names: Sequence[str]) -> dict[str, dict[int, DimRequest | None]]:
+    """The dynamic dims that an exported program has, as requests for its inputs of these names."""
     requests: dict[str, dict[int, DimRequest | None]] = {}
-    for node in program.graph.nodes:
-        if node.op != "placeholder" or node.name not in program.graph_signature.user_inputs:
-            continue
-        shape = getattr(node.meta.get("val"), "shape", ())
-        axes = {axis: _request_of(program, size) for axis, size in enumerate(shape) if not isinstance(size, int)}
+    for name, value in zip(names, input_values(program), strict=True):
+        axes = {axis: _request_of(program, s) for axis, s in enumerate(value.shape) if not isinstance(s, int)}
         if axes:
-            requests[node.name] = axes
+            requests[name] = axes
     return requests
 
 

@@ -146,15 +146,29 @@ def capture_torch(
         CaptureError: torch.export or the translation to ONNX failed; says at which line of the model, and what to try.
     """
     if isinstance(module, ExportedProgram):
-        requests = torch_dynamic.dims_of(module) if dynamic is None else None
-        args, kwargs = (args, kwargs) if args or kwargs else module.example_inputs or ((), {})
-        module = module.module(check_guards=False)
-    else:
-        requests = None
-        module = _checked(module)
+        return _capture_program(module, args, kwargs, dynamic)
+    module = _checked(module)
     signature = Signature.of(module)
     arguments = signature.flatten(args, kwargs or {})
-    if requests is None:
+    requests = torch_dynamic.parse(dynamic, arguments.tensors)
+    with evaluating(module):
+        return _capture(module, signature, arguments, requests, dynamic)
+
+
+def _capture_program(
+    program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Dynamic
+) -> CapturedModule:
+    """Capture an exported program with the inputs and dynamic dims that it was exported with, unless others are given."""
+    if not args and not kwargs:
+        if program.example_inputs is None:
+            raise UsageError("the exported program carries no example inputs", hint="give args and kwargs")
+        args, kwargs = program.example_inputs
+    module = program.module(check_guards=False)
+    signature = Signature.of_program(program, module)
+    arguments = signature.flatten(args, kwargs or {})
+    if dynamic is None:
+        requests = torch_dynamic.dims_of(program, list(arguments.tensors))
+    else:
         requests = torch_dynamic.parse(dynamic, arguments.tensors)
     with evaluating(module):
         return _capture(module, signature, arguments, requests, dynamic)

@@ -107,17 +107,17 @@ def match_heads(node: Node) -> bool:
     shapes = [value_of(operand).shape for operand in (query, key, value)]
     batches, heads = [shape[0] for shape in shapes], [shape[1] for shape in shapes]
     grouped = bool(node.kwargs.get("enable_gqa", False))
-    if grouped and heads[0] == heads[1] == heads[2]:
+    if grouped and _all_equal(heads):
         node.kwargs = {**node.kwargs, "enable_gqa": False}
         return True
-    if len(set(batches)) == 1 and (grouped or heads[0] == heads[1] == heads[2]):
+    if _all_equal(batches) and (grouped or _all_equal(heads)):
         return False
     one_group = heads[1] == heads[2] == 1 and heads[0] != 1 and not grouped
     expanded = []
     for operand, shape in zip((query, key, value), shapes, strict=True):
         head = shape[1] if grouped or one_group else _broadcast(heads)
         target = [_broadcast(batches), head, *shape[2:]]
-        same = all(a == b for a, b in zip(target, shape, strict=True))
+        same = all(_all_equal(pair) for pair in zip(target, shape, strict=True))
         expanded.append(
             operand if same else insert_call(node, aten.expand.default, (operand, _size_nodes(node, target)))
         )
@@ -139,6 +139,12 @@ def _mask(node: Node) -> Any:
 def _set_arguments(node: Node, operands: Sequence[Node], mask: Any) -> None:
     keywords = {n: a for n, a in node.kwargs.items() if n not in ("query", "key", "value", "attn_mask")}
     node.args, node.kwargs = (*operands, mask, *node.args[4:]), keywords
+
+
+def _all_equal(sizes: Sequence[Any]) -> bool:
+    """Whether sizes are known to be equal; asking symbolic sizes themselves would restrict the program."""
+    expressions = [size if isinstance(size, int) else size.node.expr for size in sizes]
+    return all(expression == expressions[0] for expression in expressions)
 
 
 def _broadcast(sizes: Sequence[Any]) -> Any:
@@ -188,7 +194,7 @@ def _sizes(before: Node, tensor: Node, axes: Sequence[int]) -> list[Any]:
 def _gather(node: Node, operand: Any, leading: Sequence[Any]) -> Node:
     """An operand as [everything else, last leading dim, length, features]; one leading dim is the batch."""
     shape = value_of(operand).shape
-    if len(shape) - 2 < len(leading) or any(a != b for a, b in zip(shape[:-2], leading, strict=True)):
+    if len(shape) - 2 < len(leading) or not all(_all_equal(pair) for pair in zip(shape[:-2], leading, strict=True)):
         operand = insert_call(node, aten.expand.default, (operand, _size_nodes(node, [*leading, *shape[-2:]])))
         shape = value_of(operand).shape
     if len(shape) <= 3:

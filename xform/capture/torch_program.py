@@ -55,11 +55,14 @@ class FlatModule(torch.nn.Module):
 
 @contextlib.contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every submodule's own training flag is put back afterwards."""
+    """Evaluation mode and no gradients inside; every submodule's own training flag is put back afterwards.
+
+    The flags are set one by one: `eval()` of some classes does more (it merges adapters into weights), or refuses.
+    """
     flags = [(child, child.training) for child in module.modules()]
     try:
-        if any(flag for _, flag in flags):
-            module.eval()
+        for child, _ in flags:
+            child.training = False
         with torch.no_grad():
             yield
     finally:
