@@ -18,6 +18,7 @@ from xform.passes.cleanup import (
     FoldConstants,
     FoldShapeArithmetic,
     InferShapes,
+    PropagateConstants,
     RemoveDeadCode,
     SimplifyLayout,
 )
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         EliminateIdentities,
         FoldConstants,
         FoldShapeArithmetic,
+        PropagateConstants,
         EliminateNoOps,
         SimplifyLayout,
         EliminateCommonSubexpressions,

@@ -9,6 +9,7 @@ from xform.passes.cleanup.eliminate_no_ops import EliminateNoOps
 from xform.passes.cleanup.fold_constants import FoldConstants
 from xform.passes.cleanup.fold_shape_arithmetic import FoldShapeArithmetic
 from xform.passes.cleanup.infer_shapes import InferShapes
+from xform.passes.cleanup.propagate_constants import PropagateConstants
 from xform.passes.cleanup.remove_dead_code import RemoveDeadCode
 from xform.passes.cleanup.simplify_layout import SimplifyLayout
 
@@ -20,6 +21,7 @@ __all__ = [
     "FoldConstants",
     "FoldShapeArithmetic",
     "InferShapes",
+    "PropagateConstants",
     "RemoveDeadCode",
     "SimplifyLayout",
 ]
