@@ -157,6 +157,19 @@ def test_large_weights_are_lent_not_copied(planted):
     assert all(model.graph.initializers[name].const_value is tensor for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("dtype", [ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT8E5M2])
+def test_narrow_weights_are_lent_too(dtype):
+    model = parse("g (float[2,64] x) => (float[2,64] y) { a = Cast<to=1>(w) y = MatMul(x, a) }", 21)
+    array = np.random.default_rng(0).normal(size=(64, 64)).astype(dtype.numpy())
+    weight = ir.Value(name="w", const_value=ir.tensor(array, name="w"))
+    old = model.graph[0].inputs[0]
+    old.replace_all_uses_with(weight)
+    model.graph.register_initializer(weight)
+    assert np.shares_memory(serialize(model)[1]["w"], weight.const_value.numpy())
+    x = np.random.default_rng(1).normal(size=(2, 64)).astype(np.float32)
+    assert np.allclose(run_model(model, [{"x": x}])[0]["y"], x @ array.astype(np.float32), atol=1e-4)
+
+
 def test_weights_that_nothing_reads(planted):
     model = planted.chain(width=64, dims=("batch", 64))
     other = clone(model)

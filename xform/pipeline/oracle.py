@@ -2,7 +2,8 @@
 
 Weights are lent to the runtime, not copied: large initializers are declared external in the serialized graph and handed
 over as OrtValues that point into the tensors' own memory (or memory map). So a graph of any size runs without a
-temporary file and without the 2 GB limit of protobuf. Sessions are released as soon as the numbers are there.
+temporary file and without the 2 GB limit of protobuf. Sessions are released as soon as the numbers are there. Inside
+`xform.pipeline.isolated.isolated_runtime()` graphs run in child processes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from xform.errors import VerificationError
+from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
 Outputs = dict[str, Any]
@@ -54,18 +56,14 @@ class Session:
             raise CouldNotRunError(f"the graph could not be serialized: {_first_line(error)}") from error
         self._casts = _widen_interface_names(proto)
         self._lent = lent  # the runtime reads this memory for as long as the session lives
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if lent:
-            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
-            options.add_external_initializers(list(lent), values)
+        self._child: Child | None = None
+        self._session: Any = None
+        timeout = isolation_timeout()
         try:
-            self._session: Any = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            if timeout is not None:
+                self._child = Child(proto, lent, threads, timeout)
+            else:
+                self._session = _in_process(data, lent, threads)
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime does not load the graph: {_first_line(error)}") from error
 
@@ -80,14 +78,16 @@ class Session:
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
         try:
-            results = self._session.run(None, feeds)
+            results = self._child.run(feeds) if self._child is not None else self._session.run(None, feeds)
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime failed: {_first_line(error)}") from error
         return dict(zip(self._output_names, results, strict=True))
 
     def close(self) -> None:
         """Release the session and the lent weights."""
-        self._session = None
+        if self._child is not None:
+            self._child.close()
+        self._session = self._child = None
         self._lent = {}
 
     def __enter__(self) -> Session:
@@ -95,6 +95,29 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _in_process(data: bytes, lent: Mapping[str, Any], threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if lent:
+        values = [_ort_value(array) for array in lent.values()]
+        options.add_external_initializers(list(lent), values)
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _ort_value(array: Any) -> Any:
+    """The array as the runtime's own value, in the same memory."""
+    if array.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    onnx_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    bits = array.view(f"u{array.dtype.itemsize}")
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx_type)
 
 
 def run_model(model: ir.Model, cases: Sequence[Inputs]) -> list[Outputs]:
@@ -184,7 +207,7 @@ def _placeholder(name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
 def _lendable(dtype: ir.DataType) -> bool:
     if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED) or dtype.bitwidth < 8:
         return False
-    return dtype.numpy().kind in "fiub" and dtype.numpy().isbuiltin == 1
+    return dtype.numpy().kind in "fiub" or dtype is ir.DataType.BFLOAT16
 
 
 def _aligned(array: Any) -> Any:
