@@ -7,6 +7,7 @@ a library pass breaks nevertheless is an error, which the pipeline answers with 
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class LibraryPass(Pass):
             return False
         before = {node: display_name(node) for node in ir.traversal.RecursiveGraphIterator(model.graph)}
         initializers = sum(len(g.initializers) for g in model.graphs())
-        with guarded(model, self.name):
+        with guarded(model, self.name), _quiet():
             try:
                 changed = self.apply(model)
             except XformError:
@@ -58,6 +59,20 @@ class LibraryPass(Pass):
                 self.name, self.name, "applied", gone[:NAMES_LIMIT], _summary(len(gone), dropped), concept="cleanup"
             )
         return changed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' log warnings about what they skipped off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _summary(nodes: int, initializers: int) -> str:
