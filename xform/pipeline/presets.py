@@ -17,6 +17,8 @@ EXACT: tuple[str, ...] = (
     "eliminate_identities",
     "fold_constants",
     "fold_shape_arithmetic",
+    "fold_constants",  # what shape arithmetic made constant, and the shapes that depend on it
+    "infer_shapes",
     "eliminate_no_ops",
     "remove_dead_code",
     # every spelling to the semantic operator, from the small ones to attention, which is spelled with them
