@@ -10,6 +10,7 @@ since opset 1 is classified in `upgrade_steps`, either as a relabel or with an a
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from xform.errors import ModelError
 from xform.graph import upgrade_inputs, upgrade_meaning  # noqa: F401 - they register their adapters
@@ -48,6 +49,7 @@ def upgrade(model: ir.Model, to: int = IR_OPSET) -> None:
         )
     if not OLDEST_OPSET <= to <= NEWEST_OPSET:
         raise ModelError(f"opset {to} does not exist; this installation knows {OLDEST_OPSET} to {NEWEST_OPSET}")
+    _settle_references(model, opset, to)
     parts: list[tuple[GraphLike, int]] = [(model.graph, opset if opset is not None else to)]
     parts += [(f, opset_of(f) or to) for f in model.functions.values()]
     if any(_needs_adapter(graph, frm, to) for graph, frm in parts):
@@ -63,6 +65,32 @@ def upgrade(model: ir.Model, to: int = IR_OPSET) -> None:
         _stamp(function, max(to, opset_of(function) or to))
 
 
+def _settle_references(model: ir.Model, opset: int | None, to: int) -> None:
+    """Inlines the functions where an adapter would need an attribute that the function's caller gives.
+
+    Raises:
+        ModelError: They are written at another opset than the model, so they cannot be inlined before.
+    """
+    asking = [
+        function
+        for function in model.functions.values()
+        if any(
+            any(attr.is_ref() for attr in node.attributes.values()) and _node_needs_adapter(node, version, to)
+            for version in [opset_of(function) or to]
+            for node in function.all_nodes()
+        )
+    ]
+    if not asking:
+        return
+    if any(opset_of(function) not in (None, opset) for function in model.functions.values()):
+        raise ModelError(
+            f"functions written at another opset than the model's {opset} take attributes from their callers",
+            where=[f"{function.domain}.{function.name}" for function in asking],
+            hint="inline the functions (onnx.inliner.inline_local_functions) and try again",
+        )
+    InlinePass()(model)
+
+
 def _stamp(graph: GraphLike, opset: int) -> None:
     graph.opset_imports.pop("ai.onnx", None)
     graph.opset_imports[""] = opset
@@ -71,14 +99,19 @@ def _stamp(graph: GraphLike, opset: int) -> None:
 def _needs_adapter(graph: GraphLike, opset: int, to: int) -> bool:
     """Whether any node is not merely relabelled on the way."""
     for node in graph:
-        if node.domain in ONNX_DOMAINS:
-            version = next_version(node.op_type, opset)
-            while version is not None and version <= to:
-                if (node.op_type, version) in ADAPTERS:
-                    return True
-                version = next_version(node.op_type, version)
+        if _node_needs_adapter(node, opset, to):
+            return True
         if any(_needs_adapter(body, opset, to) for body in subgraphs(node)):
             return True
+    return False
+
+
+def _node_needs_adapter(node: ir.Node, opset: int, to: int) -> bool:
+    version = next_version(node.op_type, opset) if node.domain in ONNX_DOMAINS else None
+    while version is not None and version <= to:
+        if (node.op_type, version) in ADAPTERS:
+            return True
+        version = next_version(node.op_type, version)
     return False
 
 

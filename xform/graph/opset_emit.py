@@ -31,6 +31,7 @@ class Names:
     def __init__(self, graphs: Sequence[GraphLike]) -> None:
         self._taken: set[str] = set()
         self._next: dict[str, int] = {}
+        self.without_initializers = {graph.graph for graph in graphs if isinstance(graph, ir.Function)}
         for graph in graphs:
             self._collect(graph)
 
@@ -70,7 +71,7 @@ class Emitter:
         self.opset = opset
         self.expands = expands
         self.nodes: list[ir.Node] = []
-        self._graph: GraphLike = node.graph
+        self._graph = node.graph
         self._names = names
         self._stem = node.name or next((o.name for o in node.outputs if o.name), None) or node.op_type
 
@@ -107,11 +108,10 @@ class Emitter:
 
     def tensor(self, tensor: ir.TensorProtocol, hint: str = "const") -> ir.Value:
         """A constant that holds `tensor` as it is, without loading it."""
-        name = self._names.unique(f"{self._stem}/{hint}")
-        if isinstance(self._graph, ir.Function):
+        if self._graph in self._names.without_initializers:
             value = self.op("Constant", value=ir.AttrTensor("value", tensor))
         else:
-            value = ir.Value(name=name, const_value=tensor)
+            value = ir.Value(name=self._names.unique(f"{self._stem}/{hint}"), const_value=tensor)
             self._graph.register_initializer(value)
         value.type = ir.TensorType(tensor.dtype)
         value.shape = ir.Shape(tensor.shape.numpy())
