@@ -55,13 +55,15 @@ class OnnxRuntimeBackend:
     def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> OnnxArtifact:
         """Lower a copy of `graph`; `metadata` says the opset, the domains, and which forms were chosen how often."""
         model, forms = lower(graph, options)
+        operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata = {
             "opset": model.opset_imports.get("", 0),
             "source_opset": source_opset(graph),
             "portable": options.portable,
             "domains": sorted({node.domain or "ai.onnx" for node in model.graph.all_nodes()}),
             "lowered": forms,
-            "operators": dict(sorted(Counter(node.op_type for node in model.graph.all_nodes()).items())),
+            "operators": dict(sorted(operators.items())),
+            "placement": {_available.PROVIDERS[0]: operators.total()},  # one provider, so every node runs there
         }
         return OnnxArtifact(self.name, target, metadata, model=model)
 

@@ -38,7 +38,7 @@ def lower_gelu(emitter: Emitter, node: ir.Node) -> bool:
         return emitter.constant(number, x.dtype, "gelu")
 
     if attribute(node, "approximate", "none") == "tanh":
-        cubed = site.op("Mul", site.op("Mul", x, site.op("Mul", x, x)), constant(0.044715))
+        cubed = site.op("Mul", site.op("Pow", x, constant(3.0)), constant(0.044715))
         inner = site.op("Mul", site.op("Add", x, cubed), constant(math.sqrt(2 / math.pi)))
         gate = site.op("Add", site.op("Tanh", inner), constant(1.0))
         result = site.op("Mul", site.op("Mul", x, constant(0.5)), gate)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xform.backends.onnxruntime.attention_mask import Bias, Lengths, make_bias
+from xform.backends.onnxruntime.attention_mask import Bias, Lengths, is_neutral, make_bias
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
 from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
 
@@ -105,6 +105,7 @@ def _read(site: Site) -> _Attention | None:
         query, key, value = (
             _split_heads(site, x, h) for x, h in ((query, query_heads), (key, kv_heads), (value, kv_heads))
         )
+    mask = None if mask is None or is_neutral(mask) else mask
     if not isinstance(query_heads, int) or not isinstance(kv_heads, int) or query_heads % kv_heads:
         return None
     scale = attribute(node, "scale")

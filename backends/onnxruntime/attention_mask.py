@@ -16,6 +16,8 @@ import onnx_ir as ir
 from xform.backends.onnxruntime.emit import Site
 from xform.graph.values import constant, constant_tensor, is_op, shape_of
 
+_MAX_SCANNED = 1 << 22  # elements of a constant mask that are looked at
+# operators that only move elements
 _MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Slice", "Gather", "Transpose", "Tile", "Identity")
 
 
@@ -120,6 +122,17 @@ def _length_key(value: ir.Value | None) -> Hashable:
     return value if dim is None else dim
 
 
+def is_neutral(mask: ir.Value, depth: int = 16) -> bool:
+    """Whether a mask provably allows everything and adds nothing: all true, or all zeros, under moves."""
+    if constant_tensor(mask) is not None:
+        data = constant(mask, max_elements=_MAX_SCANNED)
+        return data is not None and bool(np.all(data) if data.dtype.kind == "b" else not np.any(data))
+    node = mask.producer()
+    if node is None or depth == 0 or not is_op(node, *_MOVES) or node.inputs[0] is None:
+        return False
+    return is_neutral(node.inputs[0], depth - 1)
+
+
 def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
     """Whether a float mask provably holds no -inf.
 
@@ -130,7 +143,7 @@ def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
         return False
     tensor = constant_tensor(mask)
     if tensor is not None:
-        data = constant(mask, max_elements=1 << 22)
+        data = constant(mask, max_elements=_MAX_SCANNED)
         return data is not None and not bool(np.isneginf(data.astype(np.float32)).any())
     node = mask.producer()
     if node is None:

@@ -17,6 +17,7 @@ from xform.backends.onnxruntime import activations
 from xform.backends.onnxruntime.attention import lower_attention
 from xform.backends.onnxruntime.emit import Emitter
 from xform.backends.onnxruntime.linear import lower_linear
+from xform.backends.onnxruntime.residual import lower_residual
 from xform.errors import TargetError, UsageError
 from xform.graph.clone import clone, source_opset
 from xform.graph.downgrade import downgrade, lowest_opset
@@ -86,7 +87,8 @@ def _lower_all(emitter: Emitter, nodes: Iterable[ir.Node], portable: bool, opset
         if is_op(node, "Attention"):
             lower_attention(emitter, node, portable)
         elif is_op(node, "Add"):
-            lower_linear(emitter, node)
+            if not lower_linear(emitter, node) and not portable:
+                lower_residual(emitter, node)
         elif is_op(node, "Swish"):
             activations.lower_swish(emitter, node)
         elif node.op_type in _SINCE and opset < _SINCE[node.op_type]:
