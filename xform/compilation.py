@@ -204,7 +204,9 @@ def _fill(
     request: Request,
 ) -> None:
     report.opset_before = captured.meta.get(SOURCE_OPSET)
-    report.opset_after = compiled.artifact.metadata.get("opset")
+    report.artifact = compiled.artifact.metadata
+    report.opset_after = report.artifact.get("opset")
+    report.placement = report.artifact.get("placement", {})
     report.before = size_of(captured)
     report.after = size_of(result.model)
     report.passes = result.passes

@@ -134,6 +134,7 @@ class Report:
         remarks: Every decision of every rule.
         concepts: Semantic operators in the result, by concept ("attention": 12).
         placement: Number of nodes of the lowered model by where they run ("CPUExecutionProvider": 80).
+        artifact: What the backend says of the lowered model: operators, forms that were chosen, session settings.
         verification: The final comparison.
         latency: Present where it was measured.
         environment: Versions and machine.
@@ -153,6 +154,7 @@ class Report:
     remarks: list[Remark] = field(default_factory=list)
     concepts: dict[str, int] = field(default_factory=dict)
     placement: dict[str, int] = field(default_factory=dict)
+    artifact: dict[str, Any] = field(default_factory=dict)
     verification: VerificationReport = field(default_factory=lambda: VerificationReport("off"))
     latency: LatencyReport | None = None
     environment: Environment = field(default_factory=Environment.here)
