@@ -156,6 +156,35 @@ def test_pass_that_writes_into_shared_weights_is_an_error(planted):
         run_pipeline(planted.chain(), [Scribbler()])
 
 
+@pytest.mark.parametrize("verify", ["final", "each"])
+def test_pass_that_denies_its_changes_is_found_out(planted, verify):
+    @dataclass(frozen=True)
+    class Liar(planted.Plain):
+        name: ClassVar[str] = "liar"
+
+        def run(self, model: ir.Model, context: PassContext) -> bool:
+            super().run(model, context)
+            return False
+
+    result = run_pipeline(planted.chain(), [planted.AddToSum(), Liar(), planted.AddToSum()], verify=verify)
+    assert [r.status for r in result.passes] == ["changed", "rolled_back", "unchanged"]
+    assert result.verification.ok
+
+
+def test_pass_that_denies_breaking_the_structure_is_found_out(planted):
+    @dataclass(frozen=True)
+    class Liar(planted.Unsorted):
+        name: ClassVar[str] = "liar"
+
+        def run(self, model: ir.Model, context: PassContext) -> bool:
+            super().run(model, context)
+            return False
+
+    for others in ([planted.AddToSum(), Liar()], [Liar(), planted.AddToSum()]):
+        result = run_pipeline(planted.chain(), others, verify="off")
+        assert {r.name: r.status for r in result.passes} == {"add_to_sum": "changed", "liar": "rolled_back"}
+
+
 def test_unknown_mode(planted):
     with pytest.raises(UsageError, match="verify must be"):
         run_pipeline(planted.chain(), [], verify="sometimes")

@@ -109,6 +109,7 @@ class _Run:
     progress: Progress
     known_problems: frozenset[str] = frozenset()
     verify_seconds: float = 0.0
+    last_seconds: float = 0.0
     statistics: dict[tuple[str, str], RuleStatistics] = field(default_factory=dict)
 
     def run(self, verify: VerifyMode) -> PipelineResult:
@@ -147,6 +148,8 @@ class _Run:
             except _PassFailedError:
                 return self._run_careful(None)
             self._accept(result, outcome)
+        if result.passes and result.passes[-1].status == "unchanged" and self._problem(result.model):
+            return self._run_careful(None)
         return result
 
     def _verify_final(self, result: PipelineResult) -> PipelineResult:
@@ -172,35 +175,46 @@ class _Run:
         result.verification = replace(baseline, reason=reason)
         return result
 
-    def _run_careful(self, verifier: Verifier | None) -> PipelineResult:
-        """All passes, each undone if it raises, breaks the structure or (with a verifier) the numbers."""
+    def _run_careful(self, verifier: Verifier | None, trusting: bool = True) -> PipelineResult:
+        """All passes, each undone if it raises, breaks the structure or (with a verifier) the numbers.
+
+        A pass that says it changed no number is believed, until the end shows that one of them did.
+        """
         self.statistics.clear()
         result = PipelineResult(clone(self.captured))
+        snapshot: ir.Model | None = None  # of the model as it is now
         verified = False
         for index, one in enumerate(self.passes):
             self.progress(one.name, index, len(self.passes))
-            snapshot = clone(result.model)
+            snapshot = clone(result.model) if snapshot is None else snapshot
             try:
-                outcome = self._apply(one, result.model, result.passes)
+                outcome = self._apply(one, result.model, result.passes, check_always=True)
             except _PassFailedError as failure:
-                result.model = snapshot
+                result.model, snapshot = snapshot, None
                 self._roll_back(result, one, failure)
                 continue
-            if verifier is not None and outcome.report.status == "changed":
-                verdict = self._compare(result.model, [*result.passes, outcome.report], verifier)
-                if verdict.state == "failed":
-                    result.model = snapshot
-                    self._roll_back(result, one, _PassFailedError(verdict.reason, outcome.nodes), outcome, verdict)
-                    continue
-                verified, result.verification = True, verdict
-                outcome.report = _with_errors(outcome.report, verdict)
+            if outcome.report.status == "changed" or not trusting:
+                if verifier is not None:
+                    verdict = self._compare(result.model, [*result.passes, outcome.report], verifier)
+                    if verdict.state == "failed":
+                        result.model, snapshot = snapshot, None
+                        wrong = _PassFailedError(verdict.reason, outcome.nodes)
+                        self._roll_back(result, one, wrong, outcome, verdict)
+                        continue
+                    result.verification = verdict
+                    outcome.report = self._with_errors(outcome.report, verdict)
+                snapshot, verified = None, True
+            else:
+                verified = False
             self._accept(result, outcome)
         if verifier is not None and not verified:
             result.verification = self._compare(result.model, result.passes, verifier)
+        if trusting and result.verification.state == "failed":
+            return self._run_careful(verifier, trusting=False)
         return result
 
-    def _apply(self, one: Pass, model: ir.Model, done: Sequence[PassReport]) -> _Outcome:
-        """Run one pass on `model` and check the structure.
+    def _apply(self, one: Pass, model: ir.Model, done: Sequence[PassReport], check_always: bool = False) -> _Outcome:
+        """Run one pass on `model` and check the structure: always, or if it says that it changed something.
 
         Raises:
             _PassFailedError: The pass raised or broke the structure; `model` may be in any state.
@@ -211,7 +225,7 @@ class _Run:
         try:
             changed = one.run(model, context)
             seconds = time.perf_counter() - start
-            problem = self._problem(model)
+            problem = self._problem(model) if changed or check_always else None
         except Exception as error:
             _LOG.debug("pass %s raised", one.name, exc_info=True)
             where = error.where if isinstance(error, XformError) else ()
@@ -268,7 +282,7 @@ class _Run:
             done = outcome.report
             report = replace(report, missed=done.missed, rolled_back=done.applied, seconds=done.seconds)
             cost = _cost(done.after)
-        result.passes.append(report if verdict is None else _with_errors(report, verdict))
+        result.passes.append(report if verdict is None else self._with_errors(report, verdict))
         result.remarks.add(
             Remark(
                 one.name,
@@ -292,12 +306,14 @@ class _Run:
     def _timed(self, compare: Callable[[], Verification]) -> Verification:
         start = time.perf_counter()
         verdict = compare()
-        self.verify_seconds += time.perf_counter() - start
+        self.last_seconds = time.perf_counter() - start
+        self.verify_seconds += self.last_seconds
         return verdict
 
-
-def _with_errors(report: PassReport, verdict: Verification) -> PassReport:
-    return replace(report, max_abs_error=verdict.max_abs_error, max_rel_error=verdict.max_rel_error)
+    def _with_errors(self, report: PassReport, verdict: Verification) -> PassReport:
+        """The report with what its comparison, the last one made, found."""
+        abs_error, rel_error = verdict.max_abs_error, verdict.max_rel_error
+        return replace(report, max_abs_error=abs_error, max_rel_error=rel_error, verify_seconds=self.last_seconds)
 
 
 def _cost(size: Size | None) -> Cost | None:

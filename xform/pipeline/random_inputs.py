@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ _STYLES: tuple[Style, ...] = ("binary", "unit", "zeros", "ones")  # for models t
 _STYLED_SIZES = 2
 _UNKNOWN_INDEX_BOUND = 16
 _UNKNOWN_RANKS = (2, 4, 3, 1, 0)
+MAX_ELEMENTS = 1 << 28  # drawn for one set of inputs; beyond that sizes are a mistake, or nothing for this machine
 _VERY_NEGATIVE = -10000.0  # finite in float16, and e^-10000 is 0 in every dtype
 
 
@@ -71,7 +73,12 @@ def random_inputs(
     Raises:
         UsageError: `sizes` or `overrides` names what the model does not have, or contradicts its shapes.
     """
-    return dict(next(candidate_cases(model, seed, sizes, overrides)).arrays)
+    case = next(candidate_cases(model, seed, sizes, overrides), None)
+    if case is None:
+        raise UsageError(
+            f"random inputs would have more than {MAX_ELEMENTS} elements", hint="give inputs, or sizes of dynamic dims"
+        )
+    return dict(case.arrays)
 
 
 def candidate_cases(
@@ -93,11 +100,20 @@ def candidate_cases(
     for rank in ranks:
         known = [_with_rank(entry, rank) for entry in dims]
         for number, assignment in enumerate(proposals(known, fixed)):
+            if not _fits(known, assignment):
+                continue
             yield InputCase({**given, **_draw(inputs, known, assignment, roles, [seed, number], given)}, assignment)
         for style in _STYLES:
             for number, assignment in enumerate(islice(proposals(known, fixed), _STYLED_SIZES)):
+                if not _fits(known, assignment):
+                    continue
                 arrays = _draw(inputs, known, assignment, roles, [seed, number], given, style)
                 yield InputCase({**given, **arrays}, assignment, f"random {style}")
+
+
+def _fits(dims: Sequence[InputDims], sizes: Sizes) -> bool:
+    """Whether inputs of these sizes can be drawn in reasonable memory."""
+    return sum(math.prod(max(evaluate(dim, sizes), 0) for dim in entry.dims or ()) for entry in dims) <= MAX_ELEMENTS
 
 
 def _draw(

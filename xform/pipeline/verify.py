@@ -30,6 +30,7 @@ UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
+_TOO_LARGE = "all that fit its sizes are too large to draw"
 _MAX_TRIES = 24  # input sets proposed to a model that refuses some
 
 
@@ -232,7 +233,7 @@ class Verifier:
                 self.cases.append(case)
                 self.references.append(outputs)
         if not self.cases:
-            self.unverifiable = f"the captured model ran on none of the inputs tried: {refused}"
+            self.unverifiable = f"the captured model ran on none of the inputs tried: {refused or _TOO_LARGE}"
         elif not self._informative():
             self.unverifiable = "every float output is NaN or infinite on the inputs tried, so nothing can be compared"
         elif len(self.cases) < wanted:
