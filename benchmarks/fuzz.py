@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -83,7 +84,8 @@ def finish(running: Running, status: int) -> Outcome:
     seconds = time.monotonic() - running.started
     code = os.waitstatus_to_exitcode(status)
     log = (running.folder / "log").read_text(errors="replace") if (running.folder / "log").exists() else ""
-    message = " | ".join(line.strip() for line in log.strip().splitlines()[-4:])[-400:]
+    said = re.findall(r'"what": "(.*)"', log)
+    message = said[-1] if said else " | ".join(line.strip() for line in log.strip().splitlines()[-4:])[-400:]
     left = {path.name for path in running.folder.iterdir()} - {"in.onnx", "log"}
     if code == -signal.SIGKILL and seconds >= TIME_LIMIT:
         verdict = "hang"

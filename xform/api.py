@@ -16,8 +16,9 @@ from torch.export import ExportedProgram
 from xform.backends import LowerOptions
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request, compile_graph
-from xform.errors import UsageError
+from xform.errors import UsageError, XformError
 from xform.optimized import Optimized, OptimizedGraph, OptimizedModule
+from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
 from xform.pipeline.tolerance import UserTolerance
 from xform.rewrite.passes import Pass
@@ -85,11 +86,16 @@ def optimize(
             hint="give a torch module or ExportedProgram, or an ONNX model as path, bytes, ModelProto or onnx_ir.Model",
         )
     start = time.perf_counter()
-    captured = capture_onnx(model)
+    captured = capture_onnx(model, strict=strict)
     source = Path(model).name if isinstance(model, str | os.PathLike) else captured.graph.name or type(model).__name__
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start
-    return OptimizedGraph(compile_graph(captured, request, source=source, inputs=cases, capture_seconds=seconds))
+    try:
+        return OptimizedGraph(compile_graph(captured, request, source=source, inputs=cases, capture_seconds=seconds))
+    except XformError:
+        raise
+    except Exception as error:
+        raise blamed(captured, error) from error
 
 
 def _optimize_module(

@@ -515,6 +515,22 @@ def test_map_types_are_refused_by_name() -> None:
     assert "zipmap" in refusal(proto)
 
 
+def test_negative_dims_are_any_size() -> None:
+    proto = make_proto()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    model = capture_onnx(proto)
+    assert isinstance(model.graph.inputs[0].shape[0], ir.SymbolicDim)
+    assert_same(model, proto, X)
+
+
+def test_output_of_a_branch_must_be_its_own() -> None:
+    empty = helper.make_graph([], "b", [], [value("x", ["batch", 8])])
+    cond = numpy_helper.from_array(np.array(True), "cond")
+    proto = make_proto(nodes=[helper.make_node("If", ["cond"], ["y"], then_branch=empty, else_branch=empty)])
+    proto.graph.initializer.append(cond)
+    assert "Identity" in refusal(proto)
+
+
 def test_sequences_and_optionals_survive() -> None:
     nodes = [
         helper.make_node("SequenceConstruct", ["x", "x"], ["seq"]),

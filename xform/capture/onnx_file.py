@@ -78,6 +78,7 @@ def _capture(source: Source, strict: bool) -> ir.Model:
     model.meta[SOURCE_OPSET] = max((version for version in versions if version), default=IR_OPSET)
     _sort(model, unsorted, strict)
     _drop_forced_inputs(model)
+    _open_negative_dims(model)
     _load_attribute_tensors(model)
     upgrade(model, max(IR_OPSET, model.meta[SOURCE_OPSET]))
     _inline(model)
@@ -221,6 +222,14 @@ def _drop_forced_inputs(model: ir.Model) -> None:
             f"{len(listed)} initializers are listed as inputs, so callers may override them and they are not treated "
             "as constants; export with keep_initializers_as_inputs=False to change that"
         )
+
+
+def _open_negative_dims(model: ir.Model) -> None:
+    """Read a dim of -1 as "any size", as runtimes do; the format has no such spelling, but exporters write it."""
+    for graph in model.graphs():
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and any(isinstance(dim, int) and dim < 0 for dim in value.shape.dims):
+                value.shape = ir.Shape([None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape.dims])
 
 
 def _load_attribute_tensors(model: ir.Model) -> None:

@@ -135,8 +135,8 @@ class _Counter:
         rule = _RULES.get(node.op_type)
         try:
             return rule(node, self) if rule is not None else (0 if node.op_type in _FREE else None)
-        except _UnknownShapeError:
-            return None
+        except (_UnknownShapeError, IndexError, ValueError, TypeError, ZeroDivisionError):
+            return None  # unknown, or inputs that do not fit the operator, so that there is nothing to count
 
     def _bytes(self, node: ir.Node, inputs: set[ir.Value]) -> int:
         if node.op_type in _VIEWS and node.domain in ONNX_DOMAINS:
