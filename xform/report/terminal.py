@@ -105,6 +105,9 @@ def facts(report: Report) -> list[tuple[str, str]]:
         rows.append(("opset", change(report.opset_before, report.opset_after)))
     if report.concepts:
         rows.append(("found", ", ".join(f"{count} {name}" for name, count in sorted(report.concepts.items()))))
+    lowered = report.artifact.get("lowered")
+    if lowered:
+        rows.append(("lowered", ", ".join(f"{count} x {form}" for form, count in lowered.items())))
     if report.placement:
         rows.append(("runs on", ", ".join(f"{where}: {count} nodes" for where, count in report.placement.items())))
     rows.append(("verified", verification_text(report)))
