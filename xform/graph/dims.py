@@ -103,6 +103,8 @@ def mul(a: Expr, b: Expr) -> Expr:
     """a * b."""
     if isinstance(a, int) and isinstance(b, int):
         return a * b
+    if a == 1 or b == 1:
+        return b if a == 1 else a
     terms: dict[Monomial, int] = {}
     for left, x in _terms(a).items():
         for right, y in _terms(b).items():

@@ -20,7 +20,7 @@ from xform.graph import dims
 from xform.graph.dims import Expr
 from xform.graph.shape_data import ShapeData
 from xform.graph.shape_proto import node_proto, skeleton
-from xform.graph.values import ONNX_DOMAINS, shape_of
+from xform.graph.values import ONNX_DOMAINS, attribute, shape_of
 
 Dim = int | ir.SymbolicDim
 
@@ -293,7 +293,28 @@ def _quick(node: ir.Node) -> bool:
         return True
     if node.op_type in _BROADCAST or node.op_type in _COMPARE:
         return _quick_broadcast(node)
-    return False
+    return node.op_type in ("Transpose", "Reshape") and _quick_layout(node)
+
+
+def _quick_layout(node: ir.Node) -> bool:
+    """Transpose, and Reshape to dims that are all computed."""
+    source, output = node.inputs[0], node.outputs[0]
+    if source is None or not isinstance(source.type, ir.TensorType) or source.shape is None:
+        return False
+    if node.op_type == "Reshape":
+        data = ShapeData()
+        found = data.output_dims(node)
+        if found is None or any(d is None for d in found):
+            return False
+        inferred = [_as_dim(data.spell(d)) for d in found]
+    else:
+        axes = attribute(node, "perm") or list(reversed(range(len(source.shape))))
+        if sorted(axes) != list(range(len(source.shape))):
+            return False  # invalid; left for the checker
+        inferred = [source.shape[axis] for axis in axes]
+    output.dtype = source.type.dtype
+    _merge_shape(output, inferred)
+    return True
 
 
 def _quick_broadcast(node: ir.Node) -> bool:
