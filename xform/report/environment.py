@@ -72,13 +72,15 @@ class Environment:
 
 def installed(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of those of `packages` that are installed."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {package: version for package in packages if (version := _version(package)) is not None}
+
+
+@cache  # reading a package's metadata takes ten milliseconds, and every run asks
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def usable_cores() -> int:
