@@ -3,8 +3,8 @@
     python benchmarks/conformance.py --json
 
 Every node, simple and converted model of `onnx.backend.test.loader` is run by ONNX Runtime as it is; then it goes
-through xform and is run again, with the suite's inputs, expected outputs and tolerances. Workers are processes, so a crash of a
-native library is a result, not the end.
+through xform and is run again, with the suite's inputs, expected outputs and tolerances. Workers are processes, so a
+crash of a native library is a result, not the end.
 
 Figures of the last line: `loaded` cases; `met_before` the runtime met the expected outputs as they came; `harmed` of
 these are no longer met, or xform raised (also where the runtime ran the original but missed the expected outputs:
@@ -19,6 +19,7 @@ import collections
 import functools
 import json
 import os
+import random
 import sys
 import time
 import warnings
@@ -393,9 +394,12 @@ def main() -> int:
     parser.add_argument("--through", choices=sorted(THROUGH), default="optimize")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--sample", type=int, help="a seeded sample of so many cases instead of all")
     parser.add_argument("--details", type=Path, help="write every result to this file as JSON lines")
     arguments = parser.parse_args()
     cases = [(kind, case) for kind, case in load_cases() if arguments.only in case.name]
+    if arguments.sample:
+        cases = random.Random(20).sample(cases, arguments.sample)
     start = time.monotonic()
     results = run(cases, arguments.through, arguments.jobs)
     figures = summary(results, time.monotonic() - start)
