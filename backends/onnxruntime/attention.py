@@ -177,6 +177,9 @@ def _write_out(site: Site, a: _Attention) -> None:
     if rank_of(node.outputs[0]) == 3 or rank_of(node.inputs[0]) == 3:
         result = _merge_heads(site, result)
     outputs = [result, key, value, stages[a.logits_mode]]
+    if len(node.outputs) > 3:
+        logits_shape = shape_of(a.query) or (None, a.query_heads, None)
+        node.outputs[3].shape = ir.Shape((*logits_shape[:3], None))  # ONNX infers 0 for a length that it cannot tell
     read = [(old, new) for old, new in zip(node.outputs, outputs, strict=False) if old.uses() or old.is_graph_output()]
     site.replace(read, "attention: MatMul, Softmax, MatMul")
 

@@ -1,7 +1,7 @@
 """Residual sums before a LayerNormalization, kept apart from it.
 
 ONNX Runtime fuses `Add` and `LayerNormalization` to SkipLayerNormalization, whose CPU kernel takes three to four times
-as long as the two (docs/onnxruntime-notes.md). It looks for `Add`; `Sum` of two inputs is the same operation and as fast.
+as long as the two (docs/onnxruntime-notes.md). It looks for `Add`; `Sum` of two inputs is the same and as fast.
 """
 
 from __future__ import annotations
