@@ -53,7 +53,11 @@ class Family:
     dynamic: frozenset[str] = field(default=frozenset({"batch", "seq"}))
 
     def arrays(self, sizes: Sizes, seed: int = 0) -> Arrays:
-        """Random inputs: token ids, a right-padded attention mask, or floats, as the name says."""
+        """Random inputs: token ids, an attention mask, or floats, as the name says.
+
+        The first row of the mask is padded on the right for even seeds and on the left for odd ones: in a causal
+        decoder, padding on the left leaves queries without any key.
+        """
         rng = np.random.default_rng(seed)
         arrays: Arrays = {}
         for name, dims in self.inputs.items():
@@ -62,7 +66,7 @@ class Family:
                 arrays[name] = rng.integers(1, VOCABULARY, shape, dtype=np.int64)
             elif name.endswith("mask"):
                 mask = np.ones(shape, np.int64)
-                mask[0, -2:] = 0
+                mask[0, slice(0, 2) if seed % 2 else slice(-2, None)] = 0
                 arrays[name] = mask
             else:
                 arrays[name] = rng.standard_normal(shape, dtype=np.float32)

@@ -10,8 +10,11 @@ The first and the last are exact. For the second, masked logits x become x + f' 
 are -inf. A finite f is replaced by f' = half the lowest number of the type, which is far enough down that x + f' rounds
 to f' for every |x| below 1e30. So masked keys get the weight 0 beside any open key, as they did with f, and a row
 without an open key gets equal weights, as it did with f. (The lowest number itself would do as well by the definition
-of the operator, but ONNX Runtime's kernel takes it for -inf and gives zeros for such a row.) In float16 no number
-swallows logits that well, so there a finite fill needs a condition that is known to leave every row a key.
+of the operator, but ONNX Runtime's kernel takes it for -inf and gives zeros for such a row.) In float16 no number can
+swallow logits that well, so there a finite fill needs a condition that is known to leave every row a key.
+
+Masks that are written out with the lowest number, `Where(condition, 0, lowest)` or `(1 - open) * lowest`, get half of
+it for the same reason, where nothing but attentions reads them.
 
 A row whose mask is all -inf has weights NaN in the spelled-out form; the operator gives zeros.
 """
@@ -25,16 +28,70 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, shape_of
+from xform.graph.values import Array, is_op, scalar, shape_of
 from xform.patterns.attention_layout import Layout, dim, vector
-from xform.patterns.attention_logits import AddMask, Fill, Logits
+from xform.patterns.attention_logits import FLOATS, AddMask, Fill, Logits
 from xform.rewrite.builder import Builder
+
+MASK_INPUT = 3  # of the Attention operator
 
 
 def half_lowest(dtype: ir.DataType) -> float:
     """Half of the lowest finite number of a floating-point type."""
     finfo: Any = ml_dtypes.finfo
     return float(finfo(dtype.numpy()).min) / 2
+
+
+def lowest_fill(mask: ir.Value | None) -> tuple[ir.Node, int] | None:
+    """A `Where(condition, a, lowest)` or `Mul(a, lowest)` above an additive mask that only attentions read.
+
+    Returns:
+        The node, and which of its inputs is the lowest number of the type.
+    """
+    stack, seen = [mask], set[ir.Value | None]()
+    while stack:
+        value = stack.pop()
+        node = value.producer() if value is not None else None
+        if value is None or node is None or value in seen:
+            continue
+        seen.add(value)
+        if (index := _lowest_input(node)) is not None and _only_masks(node):
+            return node, index
+        if is_op(node, *_MASK_OPS):
+            stack += node.inputs
+    return None
+
+
+_MASK_OPS = ("Where", "Add", "Expand", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Slice", "Identity")
+
+
+def _lowest_input(node: ir.Node) -> int | None:
+    dtype = node.outputs[0].dtype
+    if not is_op(node, "Where", "Mul") or dtype not in FLOATS:
+        return None
+    lowest = 2 * half_lowest(dtype)
+    return next(
+        (i for i, v in enumerate(node.inputs) if v is not None and v.dtype == dtype and scalar(v) == lowest), None
+    )
+
+
+def _only_masks(node: ir.Node) -> bool:
+    """Whether everything that `node` computes ends in masks of attentions."""
+    stack, seen = list(node.outputs), set[ir.Value]()
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.is_graph_output():
+            return False
+        for user, index in value.uses():
+            if is_op(user, "Attention") and index == MASK_INPUT:
+                continue
+            if not is_op(user, *_MASK_OPS) or (user.op_type == "Where" and index == 0):
+                return False
+            stack += user.outputs
+    return True
 
 
 def build_mask(

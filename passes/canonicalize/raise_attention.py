@@ -12,6 +12,8 @@ Rules
 5. `shared_heads`: keys and values repeated for groups of query heads are read unrepeated (Ainslie et al., arXiv
    2305.13245).
 6. `cache`: keys and values joined with a cache become past_key/past_value, the joined ones present_key/present_value.
+7. `fill`: a mask filled with the lowest number of its type is filled with half of it (`xform.patterns.attention_mask`
+   says why that is the same by the operator's definition, and not the same in ONNX Runtime's kernel).
 
 Preconditions: the softmax is over the keys; nothing between the products is read elsewhere; factors are constant and
 positive; operands are of one floating-point type; batch and heads provably agree.
@@ -29,13 +31,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from xform.graph.values import attribute, display_name, rank_of, shape_of
 from xform.patterns.attention import Core, recognize
 from xform.patterns.attention_heads import cached, repeated_heads
 from xform.patterns.attention_layout import Layout, choose, dim
-from xform.patterns.attention_mask import build_mask
+from xform.patterns.attention_mask import build_mask, half_lowest, lowest_fill
 from xform.patterns.attention_operands import operand, peel
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
@@ -255,6 +258,25 @@ class Cached(_OnAttention):
         return build.ops("Attention", inputs, 3, **_attributes(node))
 
 
+class Filled(_OnAttention):
+    """Rule 7."""
+
+    name = "fill"
+
+    def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
+        found = lowest_fill(_inputs(node)[3])
+        if found is not None:
+            yield Match(roots=(found[0].outputs[0],), data={"filled": found[0], "index": found[1]})
+
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        filled: ir.Node = match.data["filled"]
+        inputs: list[Any] = list(filled.inputs)
+        dtype = filled.outputs[0].dtype
+        assert dtype is not None
+        inputs[match.data["index"]] = np.asarray(half_lowest(dtype), dtype=dtype.numpy())
+        return build.op(filled.op_type, *inputs)
+
+
 @dataclass(frozen=True)
 class RaiseAttention(RewritePass):
     """Raise every spelling of scaled dot-product attention to the Attention operator with four axes."""
@@ -262,4 +284,4 @@ class RaiseAttention(RewritePass):
     name: ClassVar[str] = "raise_attention"
 
     def rules(self) -> Sequence[Rule]:
-        return (Product(), ThreeAxes(), ExplicitScale(), Scale(), SharedHeads(), Cached())
+        return (Product(), ThreeAxes(), ExplicitScale(), Scale(), SharedHeads(), Cached(), Filled())

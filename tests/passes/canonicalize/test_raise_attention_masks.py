@@ -176,6 +176,35 @@ def test_the_fill_keeps_clear_of_the_lowest_number() -> None:
     assert scalar(where.inputs[2]) == pytest.approx(LOWEST / 2)
 
 
+FILLS = {
+    "where": ("f = Where(mask, zero, lowest)", "bool[B,1,S,T] mask", lambda m: m),
+    "where_added": ("w = Where(mask, zero, lowest) f = Add(w, bias)", "bool[B,1,S,T] mask", lambda m: m),
+    "product": ("i = Sub(one, mask) f = Mul(i, lowest)", "float[B,1,S,T] mask", lambda m: m.astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("spelling", FILLS)
+def test_written_masks_keep_clear_of_the_lowest_number(spelling: str) -> None:
+    text, mask, convert = FILLS[spelling]
+    first = "a = Add(x, f) s = Softmax(a) o = MatMul(s, v)"
+    body = f"{QK} {text} {first} y = MatMul(o, kt) l = Add(y, f) {P_V}"
+    feeds = FEEDS | {"mask": convert(closed_mask(B, 1, S, T)), "bias": floats(1, H, S, T)}
+    numbers = NUMBERS | {"one": np.float32(1)}
+    text = graph(body, f"{mask}, float[1,{H},S,T] bias, float one")
+    _, remarks = rewritten(text, numbers, feeds, RaiseAttention())
+    assert applied(remarks, "product") == 2
+    assert applied(remarks, "fill") == 1
+
+
+def test_a_mask_that_is_read_elsewhere_keeps_its_fill() -> None:
+    body = f"{QK} f = Where(mask, zero, lowest) l = Add(x, f) {P_V}"
+    feeds = FEEDS | {"mask": open_mask(B, 1, S, T)}
+    text = graph(body, "bool[B,1,S,T] mask", output=f"float[B,{H},S,{D}] out, float[B,1,S,T] f")
+    _, remarks = rewritten(text, NUMBERS, feeds, RaiseAttention())
+    assert applied(remarks, "product") == 1
+    assert applied(remarks, "fill") == 0
+
+
 def test_causal_mask_from_ranges() -> None:
     body = f"""n = Shape <start = 2, end = 3> (q) end = Squeeze(n) start = Constant <value_int = 0> ()
         step = Constant <value_int = 1> () i = Range(start, end, step) row = Unsqueeze(i, one) later = Greater(i, row)
