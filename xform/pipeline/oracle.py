@@ -43,14 +43,26 @@ class CouldNotRunError(VerificationError):
 class Session:
     """One graph, ready to run. Use as a context manager, so that its memory is released.
 
+    Args:
+        model: The graph, left as it is.
+        threads: Intra-op threads.
+        adjust: Gives other arrays of the same dtypes and shapes for the large weights, by name.
+
     Raises:
         CouldNotRunError: The graph cannot be serialized, or the runtime refuses it.
     """
 
-    def __init__(self, model: ir.Model, *, threads: int = _THREADS) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        threads: int = _THREADS,
+        adjust: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
         self._output_names = [value.name or "" for value in model.graph.outputs]
         try:
             proto, lent = serialize(model)
+            lent = lent if adjust is None else adjust(lent)
             data = proto.SerializeToString()
         except Exception as error:
             raise CouldNotRunError(f"the graph could not be serialized: {_first_line(error)}") from error

@@ -157,6 +157,7 @@ class Difference:
         agrees: Whether every element is within the tolerance.
         finite: Number of reference elements that are neither NaN nor infinite.
         reason: Why it does not agree; empty if it does.
+        outside: Number of elements beyond the tolerance; all of them where shapes or dtypes differ.
     """
 
     max_abs: float
@@ -164,6 +165,7 @@ class Difference:
     agrees: bool
     finite: int
     reason: str = ""
+    outside: int = 0
 
 
 def difference(candidate: Any, reference: Any, tolerance: Tolerance) -> Difference:
@@ -190,20 +192,22 @@ def _sequence_difference(candidate: Any, reference: Any, tolerance: Tolerance) -
         all(p.agrees for p in parts),
         sum(p.finite for p in parts),
         reason,
+        sum(p.outside for p in parts),
     )
 
 
 def _array_difference(candidate: Array, reference: Array, tolerance: Tolerance) -> Difference:
     if candidate.shape != reference.shape:
         reason = f"shape {candidate.shape} instead of {reference.shape}"
-        return Difference(np.inf, np.inf, False, 0, reason)
+        return Difference(np.inf, np.inf, False, 0, reason, max(reference.size, 1))
     if candidate.dtype != reference.dtype:
         reason = f"dtype {candidate.dtype} instead of {reference.dtype}"
-        return Difference(np.inf, np.inf, False, 0, reason)
+        return Difference(np.inf, np.inf, False, 0, reason, reference.size + 1)
     if reference.dtype.kind in "OSU":
         differing = int(np.count_nonzero(candidate != reference))
         reason = f"{differing} of {reference.size} strings differ" if differing else ""
-        return Difference(float(differing > 0), float(differing > 0), not differing, reference.size, reason)
+        gap = float(differing > 0)
+        return Difference(gap, gap, not differing, reference.size, reason, differing)
     wide = np.complex128 if reference.dtype.kind == "c" else np.float64
     if reference.dtype.kind in "iub":
         return _integer_difference(candidate, reference, tolerance)
@@ -219,42 +223,42 @@ def _integer_difference(candidate: Array, reference: Array, tolerance: Tolerance
     largest = float(error.max())
     agrees = tolerance != EXACTLY_EQUAL and largest <= tolerance.atol + tolerance.rtol * scale
     reason = "" if agrees else f"{differing} of {reference.size} elements differ, by up to {largest:g}"
-    return Difference(largest, largest / scale, agrees, reference.size, reason)
+    return Difference(largest, largest / scale, agrees, reference.size, reason, 0 if agrees else differing)
 
 
 def _float_difference(candidate: Array, reference: Array, tolerance: Tolerance) -> Difference:
     finite = np.isfinite(reference)
     count = int(np.count_nonzero(finite))
-    reason = _nonfinite_mismatch(candidate, reference, finite)
+    reason, wrong = _nonfinite_mismatch(candidate, reference, finite)
     both = finite & np.isfinite(candidate)
     magnitude = np.abs(reference[both])
     if magnitude.size == 0:
-        return Difference(0.0, 0.0, not reason, count, reason)
+        return Difference(0.0, 0.0, not reason, count, reason, wrong)
     error = np.abs(candidate[both] - reference[both])
     scale = np.maximum(_scale(magnitude), magnitude)
     max_abs = float(error.max())
     relative = np.divide(error, scale, out=np.zeros_like(error), where=scale > 0)
     relative[(scale == 0) & (error > 0)] = np.inf
     max_rel = float(relative.max())
-    outside = error > tolerance.atol + tolerance.rtol * scale
-    if not reason and outside.any():
+    outside = int(np.count_nonzero(error > tolerance.atol + tolerance.rtol * scale))
+    if not reason and outside:
         reason = (
-            f"{int(np.count_nonzero(outside))} of {reference.size} elements differ by more than "
+            f"{outside} of {reference.size} elements differ by more than "
             f"{tolerance.rtol:g} relative + {tolerance.atol:g}: at most {max_rel:.3g} relative, {max_abs:.3g} absolute"
         )
-    return Difference(max_abs, max_rel, not reason, count, reason)
+    return Difference(max_abs, max_rel, not reason, count, reason, outside + wrong)
 
 
-def _nonfinite_mismatch(candidate: Array, reference: Array, finite: Array) -> str:
-    """Why the NaNs and infinities of two arrays do not agree; empty if they do."""
+def _nonfinite_mismatch(candidate: Array, reference: Array, finite: Array) -> tuple[str, int]:
+    """Why the NaNs and infinities of two arrays do not agree, and how many; empty and 0 if they do."""
     if finite.all() and np.isfinite(candidate).all():
-        return ""
+        return "", 0
     nan = int(np.count_nonzero(np.isnan(candidate) != np.isnan(reference)))
     if nan:
-        return f"NaN in one of the two only, at {nan} of {reference.size} elements"
+        return f"NaN in one of the two only, at {nan} of {reference.size} elements", nan
     settled = np.isnan(reference) | (finite & np.isfinite(candidate)) | (candidate == reference)
     wrong = int(np.count_nonzero(~settled))
-    return f"infinite in one of the two only, at {wrong} of {reference.size} elements" if wrong else ""
+    return (f"infinite in one of the two only, at {wrong} of {reference.size} elements" if wrong else ""), wrong
 
 
 def _scale(magnitude: Array) -> float:
