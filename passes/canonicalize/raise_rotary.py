@@ -1,9 +1,12 @@
 """Rotary position embedding in any spelling to RotaryEmbedding (Su et al., arXiv 2104.09864; ONNX 23).
 
-Rule `rotary`: x * cos + rotate(x) * sin becomes RotaryEmbedding(x, cos/2, sin/2) for the half-split and the
-interleaved form (`xform/patterns/rotary.py`), where cos/2 keeps one of each pair of equal columns.
+Rules
+1. `rotary`: x * cos + rotate(x) * sin becomes RotaryEmbedding(x, cos/2, sin/2) for the half-split and the interleaved
+   form (`xform/patterns/rotary.py`), where cos/2 keeps one of each pair of equal columns.
+2. `batch`: RotaryEmbedding whose caches of [1, sequence, size/2] are shared by the batch, as torch's exporter writes it
+   at opset 23, gets caches of x's batch: the definition asks for it, and ONNX Runtime refuses anything else.
 
-Preconditions
+Preconditions of rule 1
 - x is [batch, heads, sequence, size] with a static even size; cos and sin do not vary over the heads.
 - cos and sin hold every column twice in the order of the form: proved from how they are computed (elementwise ops of
   a Concat of a value with itself, of a repeated value), or by looking, where they are constants.
@@ -25,15 +28,15 @@ from xform.graph.values import attribute, constant, is_op, rank_of, same_dim, sh
 from xform.patterns.rotary import half_split, interleaved, signed_permutation
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
-from xform.rewrite.passes import RewritePass
-from xform.rewrite.pattern import Key
-from xform.rewrite.rule import Failure, Rule
+from xform.rewrite.passes import PassContext, RewritePass
+from xform.rewrite.pattern import Key, op, var
+from xform.rewrite.rule import QUIET, Failure, Rule
 
 ELEMENTWISE = ("Cos", "Sin", "Cast", "Mul", "Add", "Sub", "Div", "Neg")
 
 
 class Rotary(Rule):
-    """The rule of this pass."""
+    """Rule 1."""
 
     name = "rotary"
     concept = "rotary"
@@ -202,6 +205,26 @@ def _interleaved_view(
     return False
 
 
+class Batch(Rule):
+    """Rule 2."""
+
+    name = "batch"
+    concept = "rotary"
+    pattern = op("RotaryEmbedding", var("x"), var("cos"), var("sin"), name="rotary")
+
+    def check(self, match: Match, context: PassContext) -> Failure | None:
+        x, cos, sin = (shape_of(match[k]) for k in ("x", "cos", "sin"))
+        if x is None or cos is None or sin is None or len(cos) != 3 or len(sin) != 3:
+            return QUIET
+        return None if cos[0] == sin[0] == 1 and x[0] != 1 else QUIET
+
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        x, node = match["x"], match.node("rotary")
+        shape = build.op("Concat", build.op("Shape", x, start=0, end=1), [1, 1], axis=0)
+        caches = [build.op("Expand", match[k], shape) for k in ("cos", "sin")]
+        return build.op("RotaryEmbedding", x, *caches, **{n: a.value for n, a in node.attributes.items()})
+
+
 @dataclass(frozen=True)
 class RaiseRotary(RewritePass):
     """Raise every spelling of rotary position embedding to RotaryEmbedding."""
@@ -209,4 +232,4 @@ class RaiseRotary(RewritePass):
     name: ClassVar[str] = "raise_rotary"
 
     def rules(self) -> Sequence[Rule]:
-        return (Rotary(),)
+        return (Rotary(), Batch())

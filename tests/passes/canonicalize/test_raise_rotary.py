@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import applied, floats, missed, ops, rewritten
+from support import applied, apply, floats, missed, ops, parse, rewritten, run
 
 from xform.passes.canonicalize.raise_rotary import RaiseRotary
 
@@ -76,3 +76,16 @@ def test_the_wrong_sign_or_order_is_no_rotation() -> None:
     ):
         model, remarks = rewritten(graph(rotation), EXTRA | caches(ANGLES, True), X, RaiseRotary())
         assert "RotaryEmbedding" not in ops(model) and len(remarks) == 0
+
+
+def test_caches_shared_by_the_batch_are_expanded() -> None:
+    text = """g (float[B,3,5,8] x, float[1,5,4] cos, float[1,5,4] sin) => (float[B,3,5,8] out)
+    { out = RotaryEmbedding (x, cos, sin) }"""
+    constants = {"cos": np.cos(ANGLES)[None], "sin": np.sin(ANGLES)[None]}
+    model = parse(text, constants)
+    remarks = apply(model, RaiseRotary())
+    assert applied(remarks, "batch") == 1 and ops(model).count("Expand") == 2
+    found = run(model, X)[0]
+    low, high = np.split(X["x"], 2, -1)
+    cos, sin = np.cos(ANGLES), np.sin(ANGLES)
+    np.testing.assert_allclose(found, np.concatenate([low * cos - high * sin, low * sin + high * cos], -1), atol=1e-5)
