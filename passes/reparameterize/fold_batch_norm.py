@@ -143,7 +143,7 @@ def _into_producer(norm: BatchNorm) -> _Fold | str:
         else:
             found = _arithmetic(node, axis, len(norm.a))
             if found is None:
-                return f"{node.op_type} is not linear" if len(node.inputs) < 2 else f"{node.op_type} is no linear map"
+                return f"{node.op_type} is no linear map with a weight"
             step, inner = found
             affine = affine.after(inner)
         if (reason := _exposed(value)) is not None:
@@ -206,7 +206,7 @@ def _into_reader(norm: BatchNorm, reader: ir.Node) -> _Fold | str:
         else:
             found = channel_path.affine_of(node, value, axis, len(norm.a))
             if found is None or node.graph is not norm.node.graph:
-                return f"{node.op_type} is no linear map"
+                return f"{node.op_type} is no linear map with a weight"
             affine = found.after(affine)
         absorbed.append(node)
         value = node.outputs[0]

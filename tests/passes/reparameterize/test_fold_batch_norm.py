@@ -286,7 +286,7 @@ LEFT_ALONE = {
         [norm("x", "n"), helper.make_node("ConvTranspose", ["n", "w"], ["y"], strides=[2, 2])],
         "spreads a shift unevenly",
     ),
-    "relu before": ([_conv("x", "c"), helper.make_node("Relu", ["c"], ["d"]), norm("d", "y")], "Relu is not linear"),
+    "relu before": ([_conv("x", "c"), helper.make_node("Relu", ["c"], ["d"]), norm("d", "y")], "Relu is no linear map with a weight"),
     "training": ([_conv("x", "c"), norm("c", "y", training_mode=1)], "training mode"),
     "read twice": (
         [_conv("x", "c"), norm("c", "d"), helper.make_node("Add", ["c", "d"], ["y"])],
