@@ -145,12 +145,19 @@ class _Run:
             self.progress(one.name, index, len(self.passes))
             try:
                 outcome = self._apply(one, result.model, result.passes)
-            except _PassFailedError:
-                return self._run_careful(None)
+            except _PassFailedError as failure:
+                _LOG.debug("starting again with snapshots: pass %s failed, %s", one.name, failure.reason)
+                break
             self._accept(result, outcome)
-        if result.passes and result.passes[-1].status == "unchanged" and self._problem(result.model):
-            return self._run_careful(None)
-        return result
+        else:
+            if self._believable(result):
+                return result
+        return self._run_careful(None)
+
+    def _believable(self, result: PipelineResult) -> bool:
+        """Whether the last passes, where they said that they changed nothing, left a sound graph."""
+        changed = not result.passes or result.passes[-1].status == "changed"
+        return changed or self._problem(result.model) is None
 
     def _verify_final(self, result: PipelineResult) -> PipelineResult:
         """Compare once; on a mismatch find the pass to blame."""

@@ -32,6 +32,7 @@ _PROPOSALS: tuple[dict[Meaning, int], ...] = (
     {"batch": 2, "sequence": 128, "past": 32, "channels": 4, "space": 256, "heads": 12, "other": 32},
     {"batch": 1, "sequence": 1, "past": 1, "channels": 1, "space": 28, "heads": 1, "other": 1},
     {"batch": 1, "sequence": 77, "past": 1, "channels": 3, "space": 512, "heads": 16, "other": 2},
+    {"batch": 1, "sequence": 1024, "past": 1, "channels": 2, "space": 336, "heads": 6, "other": 12},
     {"batch": 1, "sequence": 3000, "past": 1, "channels": 80, "space": 384, "heads": 6, "other": 3},
 )
 

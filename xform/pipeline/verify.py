@@ -142,6 +142,7 @@ class Verifier:
     unverifiable: str = ""
     notes: list[str] = field(default_factory=list)
     prepared: bool = False
+    _random: bool | None = field(default=None, init=False, repr=False)
     _measured: list[tuple[Outputs, Outputs]] | None = field(default=None, init=False, repr=False)
 
     def prepare(self) -> None:
@@ -313,6 +314,11 @@ class Verifier:
 
     def _is_random(self) -> bool:
         """Whether the reference, run twice, disagrees with itself."""
+        if self._random is None:
+            self._random = self._disagrees_with_itself()
+        return self._random
+
+    def _disagrees_with_itself(self) -> bool:
         inputs = [case.arrays for case in self.cases]
         try:
             if self.oracle is None:
