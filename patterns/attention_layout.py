@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from xform.graph.values import Dim, is_op, rank_of, shape_of
 from xform.patterns.attention import Core
-from xform.patterns.attention_logits import AddMask, Fill
+from xform.patterns.attention_logits import AddMask, Fill, Multiply
 from xform.patterns.attention_operands import Operand
 from xform.rewrite.builder import Builder
 from xform.rewrite.rule import Failure
@@ -130,7 +130,8 @@ class Layout:
 def choose(core: Core) -> Layout | Failure:
     """The layout of an attention, or what is not known about its shapes."""
     rank = core.queries.rank
-    views = [s.view for s in core.logits.steps if isinstance(s, AddMask) and s.view is not None]
+    steps = [s for s in core.logits.steps if isinstance(s, AddMask | Fill)]
+    views = [s.view for s in steps if s.view is not None]
     views += [core.logits.view] if core.logits.view is not None else []
     if rank not in (2, 3, 4, 5):
         return Failure(f"queries of rank {rank}", (core.logits.product,))
@@ -152,10 +153,10 @@ def choose(core: Core) -> Layout | Failure:
 
 def _check_masks(core: Core, layout: Layout) -> Failure | None:
     for step in core.logits.steps:
-        mask = step.mask if isinstance(step, AddMask) else step.condition if isinstance(step, Fill) else None
-        if mask is None:
+        if isinstance(step, Multiply):
             continue
-        view = step.view if isinstance(step, AddMask) else None
+        mask = step.mask if isinstance(step, AddMask) else step.condition
+        view = step.view
         rank = rank_of(mask)
         if rank is None or rank > (layout.rank if view is None else len(view)):
             return Failure(f"the rank of the mask {mask.name} is unknown or above that of the logits", (core.node,))

@@ -11,7 +11,7 @@ the product outwards; replayed on an empty bias they give the additive mask of a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -34,11 +34,12 @@ class AddMask:
 
 @dataclass(frozen=True)
 class Fill:
-    """`Where(condition, logits, fill)`, or `Where(condition, fill, logits)` when `keeps` is False."""
+    """`Where(condition, logits, fill)`, or `Where(condition, fill, logits)` when `keeps` is False; `view` as above."""
 
     condition: ir.Value
     fill: float
     keeps: bool
+    view: tuple[Dim, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Logits:
         softcap: Bound of the soft cap; 0 for none.
         steps: Masks and later factors, from the product outwards.
         view: Shape in which the softmax sees the logits where it is not the product's own.
+        unviewed: Shape that the view was taken of.
+        outside: How many of the steps were taken before the view.
         widened: dtype that the logits were cast to after all steps; None for no cast.
         nodes: Every node of the chain, the product included.
     """
@@ -74,8 +77,8 @@ class Logits:
     steps: tuple[Step, ...] = ()
     view: tuple[Dim, ...] | None = None
     widened: ir.DataType | None = None
-    _base: tuple[Dim, ...] | None = field(default=None, repr=False)  # shape before the view
-    _outside: int = field(default=0, repr=False)  # number of steps taken before the view
+    unviewed: tuple[Dim, ...] | None = None
+    outside: int = 0
 
     def through(self, node: ir.Node) -> Logits:
         return replace(self, nodes=(*self.nodes, node))
@@ -176,14 +179,12 @@ def _where(node: ir.Node, walk: _Walk) -> Logits | Failure:
         return Failure(f"{display_name(node)} broadcasts the logits", (node,))
     if inner.widened is not None:
         return _late(node)
-    if inner.view is not None:
-        return Failure(f"{display_name(node)} masks a view of the logits", (node,))
     if not fill <= LOWEST_FILL:
         return Failure(f"{display_name(node)} fills with {fill:g}, which leaves masked keys a weight", (node,))
     if node.outputs[0].dtype == ir.DataType.FLOAT16 and math.isfinite(fill) and not _always_open(condition, keeps):
         reason = f"float16 logits masked with {fill:g} at {display_name(node)}: a row without keys would change"
         return Failure(reason, (node,))
-    return inner.with_step(node, Fill(condition, fill, keeps))
+    return inner.with_step(node, Fill(condition, fill, keeps, inner.view))
 
 
 def _cast(node: ir.Node, walk: _Walk) -> Logits | Failure:
@@ -211,11 +212,11 @@ def _reshape(node: ir.Node, walk: _Walk) -> Logits | Failure:
     if _same_elements(before, after):
         return inner.through(node)
     if inner.view is None and len(after) == len(before) + 1:
-        return replace(inner.through(node), view=after, _base=before, _outside=len(inner.steps))
-    if inner.view is not None and inner._base is not None and _same_elements(inner._base, after):
-        if not all(isinstance(s, AddMask) for s in inner.steps[inner._outside :]):
+        return replace(inner.through(node), view=after, unviewed=before, outside=len(inner.steps))
+    if inner.view is not None and inner.unviewed is not None and _same_elements(inner.unviewed, after):
+        if not all(isinstance(s, AddMask) for s in inner.steps[inner.outside :]):
             return Failure(f"more than additions happen inside the view that {display_name(node)} closes", (node,))
-        return replace(inner.through(node), view=None, _base=None)
+        return replace(inner.through(node), view=None, unviewed=None)
     return Failure(f"the view {display_name(node)} of the logits is not taken back before the softmax", (node,))
 
 

@@ -111,7 +111,7 @@ def build_mask(
             mask = build.op("Neg", mask) if step.negative else mask
             bias = mask if bias is None else build.op("Add", bias, mask)
         elif isinstance(step, Fill):
-            condition = layout.lift_mask(build, step.condition, None, queries)
+            condition = layout.lift_mask(build, step.condition, step.view, queries)
             fill = build.constant(_number(step.fill if math.isinf(step.fill) else half_lowest(dtype), dtype))
             open_value = bias if bias is not None else build.constant(_number(0.0, dtype))
             pair = (open_value, fill) if step.keeps else (fill, open_value)

@@ -249,6 +249,22 @@ def test_heads_in_the_batch_and_a_mask_in_a_view() -> None:
     assert "MatMul" not in ops(model)
 
 
+@pytest.mark.parametrize("step", ["a = Add(w, mask)", "a = Where(open, w, lowest)"])
+def test_softmax_in_a_view(step: str) -> None:
+    """[B * H, S, T] logits viewed as [B, H, S, T] for mask and softmax; the second product has three axes again."""
+    body = f"""wide = Constant <value_ints = [-1, {H}, {S}, {T}]> () flat = Constant <value_ints = [-1, {S}, {T}]> ()
+        kt = Transpose <perm = [0, 2, 1]> (k) m = MatMul(q, kt) x = Mul(m, c) w = Reshape(x, wide) {step}
+        p = Softmax <axis = -1> (a) f = Reshape(p, flat) out = MatMul(f, v)"""
+    inputs = f"float[{B * H},{S},{D}] q, float[{B * H},{T},{D}] k, float[{B * H},{T},{D}] v"
+    feeds = {"q": floats(B * H, S, D), "k": floats(B * H, T, D), "v": floats(B * H, T, D)}
+    feeds |= {"mask": floats(B, 1, S, T), "open": closed_mask(B, 1, S, T)}
+    masks = f"float[{B},1,{S},{T}] mask, bool[{B},1,{S},{T}] open"
+    text = graph(body, masks, inputs, f"float[{B * H},{S},{D}] out")
+    model, _ = rewritten(text, NUMBERS, feeds, RaiseAttention())
+    assert ops(model).count("Attention") == 1
+    assert "MatMul" not in ops(model)
+
+
 def test_five_axes_with_a_window_mask() -> None:
     shape = f"[A,2,{H},{S},{D}]"
     inputs = f"float{shape} q, float{shape} k, float{shape} v"
