@@ -344,7 +344,7 @@ def test_up_and_down_again_gives_the_same_nodes() -> None:
         helper.make_node("Softmax", ["q"], ["s"], axis=1),
     ]
     outputs = [onnx.ValueInfoProto(name=n) for n in ("c", "s")]
-    info = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6, 4, 4])
+    info = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "c", 4, 4])
     model = helper.make_model(
         helper.make_graph(nodes, "g", [info], outputs), opset_imports=[helper.make_opsetid("", 10)], ir_version=10
     )

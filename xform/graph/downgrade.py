@@ -10,7 +10,7 @@ Each node is tried on a copy first, so a model that cannot be written is left as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import onnx_ir as ir
 
@@ -31,9 +31,12 @@ from xform.graph.opset import opset_of, upgrade_node
 from xform.graph.opset_emit import Emitter, GraphLike, Names, drop_unread, replace, subgraphs, unread
 from xform.graph.opset_schema import NEWEST_OPSET, OLDEST_OPSET, default_attributes, input_limit, schema_at, since
 from xform.graph.shapes import infer_shapes
-from xform.graph.values import ONNX_DOMAINS, display_name
+from xform.graph.upgrade_inputs import EQUAL_SPLIT
+from xform.graph.values import ONNX_DOMAINS, constant_tensor, display_name, shape_of
 
 OLDEST_WRITTEN = 7  # runtimes start there; a model of opset 6 is written at 7
+Answers = dict[Hashable, str | None]
+_COMPARED_ELEMENTS = 64  # constants up to this size are compared by content
 _NAMED_AT_MOST = 8  # nodes that an error lists
 
 
@@ -83,19 +86,27 @@ def lowest_opset(model: ir.Model, at_least: int, *, expand: bool = False) -> int
 
 def _lowest(parts: list[tuple[GraphLike, int]], at_least: int, own: int, expand: bool) -> int:
     opset, settled = at_least, False
+    known: Answers = {}
     while (
         not settled
     ):  # a node that can be written at an opset may in theory not be at a later one, so ask until all agree
         settled = True
         for graph, frm in parts:
             for node in _nodes(graph):
-                while opset < own and why_not(node, frm, opset, expands=expand) is not None:
+                while opset < own and why_not(node, frm, opset, expands=expand, known=known) is not None:
                     opset, settled = opset + 1, False
     return opset
 
 
-def why_not(node: ir.Node, version: int, opset: int, *, expands: bool = True) -> str | None:
-    """Why a node written at opset `version` cannot be written at `opset`; None if it can. Changes nothing."""
+def why_not(
+    node: ir.Node, version: int, opset: int, *, expands: bool = True, known: Answers | None = None
+) -> str | None:
+    """Why a node written at opset `version` cannot be written at `opset`; None if it can. Changes nothing.
+
+    Args:
+        expands: Whether it may be written out in other operators.
+        known: Answers for nodes that look the same; layers repeat.
+    """
     if node.domain not in ONNX_DOMAINS:
         return None
     current = since(node.op_type, version)
@@ -105,6 +116,15 @@ def why_not(node: ir.Node, version: int, opset: int, *, expands: bool = True) ->
         return "it takes an attribute from the function that it is in; inline the function first"
     if any(True for _ in subgraphs(node)):
         return f"{node.op_type} with a body does not go below opset {current} with these types"
+    if known is None:
+        return _try(node, version, opset, expands)
+    key = (version, opset, expands, _looks(node))
+    if key not in known:
+        known[key] = _try(node, version, opset, expands)
+    return known[key]
+
+
+def _try(node: ir.Node, version: int, opset: int, expands: bool) -> str | None:
     copy = _detached(node)
     assert copy.graph is not None
     try:
@@ -112,6 +132,25 @@ def why_not(node: ir.Node, version: int, opset: int, *, expands: bool = True) ->
     except Unavailable as reason:
         return str(reason)
     return None
+
+
+def _looks(node: ir.Node) -> Hashable:
+    """All of a node that decides how it is written at another opset."""
+    inputs = tuple(_value_looks(v) for v in node.inputs)
+    outputs = tuple((str(o.type), bool(o.uses()) or o.is_graph_output()) for o in node.outputs)
+    attributes = tuple(sorted((a.name, str(a.value)) for a in node.attributes.values()))
+    return node.op_type, attributes, inputs, outputs, bool(node.meta.get(EQUAL_SPLIT))
+
+
+def _value_looks(value: ir.Value | None) -> Hashable:
+    if value is None:
+        return None
+    tensor = constant_tensor(value)
+    held: Hashable = None
+    if tensor is not None:
+        small = tensor.size <= _COMPARED_ELEMENTS and tensor.dtype != ir.DataType.STRING
+        held = tensor.tobytes() if small else id(tensor)
+    return str(value.type), shape_of(value), held
 
 
 def _is_relabel(node: ir.Node, version: int, opset: int) -> bool:
@@ -192,30 +231,33 @@ def _detached(node: ir.Node) -> ir.Node:
     for index, value in enumerate(node.inputs):
         if value is None or value in values:
             continue
-        twin = ir.Value(name=value.name or f"input_{index}", type=value.type, shape=value.shape)
-        tensor = _constant_tensor(value)
+        twin = ir.Value(name=value.name or f"input_{index}", type=value.type, shape=_copied(value.shape))
+        tensor = constant_tensor(value)
         if tensor is not None:
             twin.const_value = tensor
             constants.append(twin)
         values[value] = twin
     attributes = [ir.Attr(a.name, a.type, a.value) for a in node.attributes.values()]
-    outputs = [ir.Value(name=o.name or f"output_{i}", type=o.type, shape=o.shape) for i, o in enumerate(node.outputs)]
+    outputs = [
+        ir.Value(name=o.name or f"output_{i}", type=o.type, shape=_copied(o.shape)) for i, o in enumerate(node.outputs)
+    ]
     inputs = [None if v is None else values[v] for v in node.inputs]
     copy = ir.Node(node.domain, node.op_type, inputs, attributes, outputs=outputs, name=node.name)
+    copy.meta.update(node.meta)
     live = [twin for twin, o in zip(outputs, node.outputs, strict=True) if o.uses() or o.is_graph_output()]
     free = [v for v in values.values() if v not in constants]
     ir.Graph(free, live, nodes=[copy], initializers=constants)
     return copy
 
 
-def _constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
-    from xform.graph.values import constant_tensor
-
-    return constant_tensor(value)
+def _copied(shape: ir.Shape | None) -> ir.Shape | None:
+    return None if shape is None else ir.Shape(list(shape.dims))
 
 
 def _demand_writable(model: ir.Model, parts: list[tuple[GraphLike, int]], opset: int) -> None:
-    reasons = [(n, why) for graph, frm in parts for n in _nodes(graph) if (why := why_not(n, frm, opset)) is not None]
+    known: Answers = {}
+    nodes = [(n, frm) for graph, frm in parts for n in _nodes(graph)]
+    reasons = [(n, why) for n, frm in nodes if (why := why_not(n, frm, opset, known=known)) is not None]
     if not reasons:
         return
     own = max(frm for _, frm in parts)
