@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,7 +213,7 @@ def _fill(
     report.passes = result.passes
     report.remarks = list(result.remarks)
     report.concepts = count_concepts(result.model)
-    report.verification = _verification_report(verification, request)
+    report.verification = _verification_report(verification, request, result.verifier)
     report.warnings.extend(f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back)
     report.warnings.extend(captured.meta.get("xform.notes", ()))
     report.warnings.extend(verification.notes)
@@ -220,7 +221,7 @@ def _fill(
         report.warnings.append(f"the result is not verified: {verification.reason}")
 
 
-def _verification_report(verification: Verification, request: Request) -> VerificationReport:
+def _verification_report(verification: Verification, request: Request, verifier: Verifier | None) -> VerificationReport:
     floats = [output.rtol for output in verification.outputs]
     return VerificationReport(
         mode=request.verify,
@@ -228,7 +229,7 @@ def _verification_report(verification: Verification, request: Request) -> Verifi
         max_abs_error=verification.max_abs_error,
         max_rel_error=verification.max_rel_error,
         tolerance=max(floats, default=None),
-        cases=len(verification.cases),
+        cases=len(verifier.cases) if verifier is not None and verification.outputs else 0,
         inputs="given" if any(case.startswith("user") for case in verification.cases) else "random",
         reason=verification.reason,
     )

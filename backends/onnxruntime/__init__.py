@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from xform.backends.base import Artifact, LoadOptions, LowerOptions
 from xform.backends.onnxruntime import available as _available
-from xform.backends.onnxruntime.lower import lower
+from xform.backends.onnxruntime import lower as _lower
 from xform.errors import UsageError
 from xform.graph import write
 from xform.graph.clone import source_opset
@@ -54,7 +54,7 @@ class OnnxRuntimeBackend:
 
     def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> OnnxArtifact:
         """Lower a copy of `graph`; `metadata` says the opset, the domains, and which forms were chosen how often."""
-        model, forms = lower(graph, options)
+        model, forms = _lower.lower(graph, options)
         operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata = {
             "opset": model.opset_imports.get("", 0),

@@ -1,0 +1,279 @@
+"""xform.optimize on ONNX models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+import xform
+from xform.errors import ModelError, TargetError, UsageError, VerificationError
+from xform.optimized import OptimizedGraph
+from xform.pipeline.presets import EXACT
+from xform.rewrite.passes import Pass, PassContext
+
+TEXT = """<ir_version: 10, opset_import: ["" : 17]>
+mlp (float[batch,8] x, float[batch,8] skip) => (float[batch,8] y) {
+    m = MatMul(x, w)
+    h = Add(m, b)
+    d = Div(h, root2)
+    e = Erf(d)
+    a = Add(e, one)
+    g = Mul(h, a)
+    act = Mul(g, half)
+    s = Add(act, skip)
+    y = LayerNormalization(s, scale, bias)
+}"""
+RNG = np.random.default_rng(0)
+
+
+def proto() -> onnx.ModelProto:
+    """An MLP block with an exact Gelu spelled out."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(TEXT)
+    constants: dict[str, Any] = {"w": rng.standard_normal((8, 8)), "b": rng.standard_normal(8)}
+    constants |= {"scale": rng.standard_normal(8), "bias": rng.standard_normal(8)}
+    constants |= {"root2": np.sqrt(2), "one": 1.0, "half": 0.5}
+    for name, data in constants.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(data, np.float32), name))
+    return model
+
+
+def feeds(batch: int = 3) -> dict[str, Any]:
+    return {name: RNG.standard_normal((batch, 8)).astype(np.float32) for name in ("x", "skip")}
+
+
+def reference(given: dict[str, Any]) -> Any:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(proto().SerializeToString(), options).run(None, given)[0]
+
+
+def sources(folder: Path) -> dict[str, Any]:
+    path = folder / "mlp.onnx"
+    onnx.save(proto(), path)
+    return {
+        "path": path,
+        "text path": str(path),
+        "bytes": path.read_bytes(),
+        "ModelProto": proto(),
+        "onnx_ir": ir.from_proto(proto()),
+    }
+
+
+@pytest.fixture(scope="module")
+def optimized() -> OptimizedGraph:
+    result = xform.optimize(proto())
+    assert isinstance(result, OptimizedGraph)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["path", "text path", "bytes", "ModelProto", "onnx_ir"])
+def test_every_kind_of_model_is_taken_and_left_as_it_was(kind: str, tmp_path: Path) -> None:
+    source = sources(tmp_path)[kind]
+    before = (tmp_path / "mlp.onnx").read_bytes()
+    result = xform.optimize(source)
+    given = feeds()
+    np.testing.assert_allclose(result(**given)["y"], reference(given), rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "mlp.onnx").read_bytes() == before
+    if kind == "ModelProto":
+        assert source == proto()
+    assert result.report.source == ("mlp.onnx" if "path" in kind else "mlp")
+
+
+def test_the_result_is_called_by_position_by_name_or_with_a_dict(optimized: OptimizedGraph) -> None:
+    given = feeds()
+    expected = reference(given)
+    for outputs in (optimized(given["x"], given["skip"]), optimized(**given), optimized(given)):
+        assert list(outputs) == ["y"] and isinstance(outputs["y"], np.ndarray)
+        np.testing.assert_allclose(outputs["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_sizes_of_dynamic_dims_run(optimized: OptimizedGraph) -> None:
+    for batch in (1, 7):
+        given = feeds(batch)
+        np.testing.assert_allclose(optimized(given)["y"], reference(given), rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_in_give_tensors_out(optimized: OptimizedGraph) -> None:
+    given = feeds()
+    output = optimized({name: torch.from_numpy(array) for name, array in given.items()})["y"]
+    assert isinstance(output, torch.Tensor)
+    np.testing.assert_allclose(output.numpy(), reference(given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, "'x' is missing"),
+        ((), {"x": 0, "skip": 0, "other": 0}, "no input named 'other'"),
+        ((0, 0, 0), {}, "3 inputs were given, the model takes 2"),
+        ((0,), {"x": 0, "skip": 0}, "'x' was given twice"),
+    ],
+)
+def test_wrong_calls_are_usage_errors(
+    optimized: OptimizedGraph, args: tuple[Any, ...], kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        optimized(*args, **kwargs)
+
+
+def test_the_report_tells_what_was_done(optimized: OptimizedGraph) -> None:
+    report = optimized.report
+    assert (report.target, report.preset, report.backend) == ("cpu", "exact", "onnxruntime")
+    assert (report.opset_before, report.opset_after) == (17, 17)
+    assert [p.name for p in report.passes] == list(EXACT)
+    assert report.concepts["gelu"] == 1 and report.concepts["layer_norm"] == 1
+    assert report.verification.passed is True and report.verification.cases == 2
+    assert report.verification.max_rel_error is not None and report.verification.max_rel_error < 1e-5
+    assert report.before is not None and report.after is not None and report.after.nodes < report.before.nodes
+    assert {"capture", "passes", "verify", "lower"} <= set(report.seconds)
+    assert json.loads(report.to_json())["schema"] == "xform.report/1"
+
+
+def test_explain_speaks_about_a_concept_and_says_when_there_is_nothing(optimized: OptimizedGraph) -> None:
+    assert optimized.explain("gelu").startswith("gelu: 1 in the result")
+    assert "raise_gelu" in optimized.explain("gelu")
+    assert "raise_gelu" in optimized.explain()
+    assert optimized.explain("attention").startswith("attention: 0 in the result, no remarks")
+
+
+def test_the_graph_is_the_canonical_one(optimized: OptimizedGraph) -> None:
+    operators = [node.op_type for node in optimized.graph.graph]
+    assert "Gelu" in operators and "Erf" not in operators
+
+
+def test_saving_writes_a_model_that_runs_and_the_report_beside_it(optimized: OptimizedGraph, tmp_path: Path) -> None:
+    files = optimized.save(tmp_path / "out.onnx", report=True)
+    assert files == [tmp_path / "out.onnx", tmp_path / "report.json"]
+    given = feeds()
+    output = ort.InferenceSession(str(files[0])).run(None, given)[0]
+    np.testing.assert_allclose(output, reference(given), rtol=1e-5, atol=1e-5)
+    assert json.loads(files[1].read_text())["backend"] == "onnxruntime"
+    onnx.checker.check_model(str(files[0]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "report.json"]
+
+
+def test_portable_and_opset_are_obeyed(tmp_path: Path) -> None:
+    result = xform.optimize(proto(), portable=True, opset=13)
+    saved = onnx.load(result.save(tmp_path / "out.onnx")[0])
+    assert {(o.domain, o.version) for o in saved.opset_import} == {("", 13)}
+    given = feeds()
+    np.testing.assert_allclose(result(given)["y"], reference(given), rtol=1e-5, atol=1e-5)
+
+
+def test_given_inputs_are_what_is_verified_on() -> None:
+    report = xform.optimize(proto(), inputs=feeds()).report
+    assert report.verification.inputs == "given" and report.verification.cases == 1
+    assert xform.optimize(proto(), inputs=[feeds(2), feeds(5)]).report.verification.passed is True
+    x, skip = feeds(4).values()
+    assert xform.optimize(proto(), inputs=(x, skip)).report.verification.inputs == "given"
+
+
+def test_ranges_of_dynamic_dims_are_verified_at_both_ends() -> None:
+    assert xform.optimize(proto(), dynamic={"batch": (1, 5)}).report.verification.cases == 2
+    with pytest.raises(UsageError, match="batches"):
+        xform.optimize(proto(), dynamic={"batches": (1, 5)})
+    with pytest.raises(UsageError, match="is not a range"):
+        xform.optimize(proto(), dynamic={"batch": 5})
+
+
+def test_verification_can_be_off_and_then_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a session was opened")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ort, "InferenceSession", refuse)
+        result = xform.optimize(proto(), verify="off")
+    assert result.report.verification.mode == "off" and result.report.verification.passed is None
+    given = feeds()
+    np.testing.assert_allclose(result(given)["y"], reference(given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"preset": "int8"}, UsageError, "no preset 'int8'[\\s\\S]*exact"),
+        ({"preset": "integer"}, UsageError, "no preset 'integer'[\\s\\S]*exact"),
+        ({"passes": ["raise_gelus"]}, UsageError, "raise_gelus"),
+        ({"calibration": {}}, UsageError, "every pass is exact"),
+        ({"verify": "sometimes"}, UsageError, "sometimes"),
+        ({"target": "tpu"}, UsageError, "unknown target 'tpu'"),
+        ({"target": "cuda"}, TargetError, "no backend serves target cuda"),
+        ({"target": "edge:aarch64"}, TargetError, "no backend serves target edge:aarch64"),
+        ({"backend": "tvm"}, UsageError, "unknown backend 'tvm'"),
+        ({"dynamic": "all"}, UsageError, "'all' is not known"),
+        ({"inputs": {"z": np.zeros(1)}}, UsageError, "no input named 'z'"),
+        ({"inputs": (0, 0, 0)}, UsageError, "3 inputs were given"),
+        ({"opset": 99}, UsageError, "99"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        xform.optimize(proto(), **options)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot optimize a int"):
+        xform.optimize(7)  # type: ignore[arg-type]
+    with pytest.raises(ModelError):
+        xform.optimize(tmp_path / "missing.onnx")
+
+
+class Planted(Pass):
+    """Doubles the largest weight."""
+
+    name = "planted"
+
+    def run(self, model: ir.Model, context: PassContext) -> bool:
+        value = model.graph.initializers["w"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(2 * value.const_value.numpy(), name="w")
+        return True
+
+
+def test_a_wrong_pass_is_rolled_back_and_named() -> None:
+    given = feeds()
+    result = xform.optimize(proto(), passes=["fold_constants", Planted(), "raise_gelu"])
+    np.testing.assert_allclose(result(given)["y"], reference(given), rtol=1e-5, atol=1e-5)
+    assert [p.status for p in result.report.passes if p.name == "planted"] == ["rolled_back"]
+    assert any("planted" in warning for warning in result.report.warnings)
+    assert result.report.preset == "custom"
+
+
+def test_strict_raises_where_a_pass_is_wrong() -> None:
+    with pytest.raises(VerificationError, match="planted"):
+        xform.optimize(proto(), passes=[Planted()], strict=True)
+
+
+def test_a_wrong_lowering_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xform.backends.onnxruntime import lower
+
+    original = lower.lower
+
+    def wrong(graph: ir.Model, options: Any) -> Any:
+        model, forms = original(graph, options)
+        scale = model.graph.initializers["scale"]
+        scale.const_value = ir.tensor(1.01 * scale.const_value.numpy(), name="scale")  # type: ignore[union-attr]
+        return model, forms
+
+    monkeypatch.setattr(lower, "lower", wrong)
+    with pytest.raises(VerificationError, match="what backend 'onnxruntime' runs differs") as error:
+        xform.optimize(proto())
+    assert error.value.exit_code == 5
+
+
+def test_the_package_exports_its_interface() -> None:
+    assert xform.__version__ and xform.Target("cpu").kind == "cpu"
+    for name in xform.__all__:
+        assert getattr(xform, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = xform.nonsense
