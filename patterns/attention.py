@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xform.graph.values import attribute, display_name, is_op, rank_of, scalar, shape_of
+from xform.graph.values import attribute, display_name, is_constant, is_op, rank_of, scalar, shape_of
 from xform.patterns.attention_logits import FLOATS, Logits, walk_logits
 from xform.patterns.attention_operands import Operand, peel, product_operands, weighted_sums
 from xform.rewrite.rule import Failure
@@ -99,7 +99,7 @@ def _guarded(node: ir.Node, nodes: list[ir.Node]) -> ir.Value | None:
     return weights
 
 
-def _core(node: ir.Node, chain: list[ir.Node], values: Operand, out_perm: tuple[int, ...]) -> Core | Failure:
+def _core(node: ir.Node, chain: list[ir.Node], values: Operand, out_perm: tuple[int, ...]) -> Core | Failure | None:
     softmax = chain[-1]
     failure = _check_softmax(softmax) or _check_views(chain)
     if failure is not None:
@@ -109,6 +109,8 @@ def _core(node: ir.Node, chain: list[ir.Node], values: Operand, out_perm: tuple[
     logits = walk_logits(source)
     if isinstance(logits, Failure):
         return logits
+    if is_constant(logits.product.inputs[1]) and rank_of(logits.product.inputs[1]) == 2:
+        return None  # a linear layer and a softmax: a gate or a classifier
     pair = product_operands(logits.product, logits.swapped)
     if isinstance(pair, Failure):
         return pair
@@ -164,8 +166,8 @@ def _check_types(queries: Operand, keys: Operand, values: Operand, logits: Logit
     kinds = [operand.value.dtype for operand in (queries, keys, values)]
     if kinds[0] not in FLOATS or any(k != kinds[0] for k in kinds):
         return Failure(f"queries, keys and values are of types {', '.join(map(str, kinds))}", (node, logits.product))
-    if logits.widened == kinds[0]:
-        return Failure("the logits are cast down to the type of the operands", (logits.product,))
+    if logits.widened is not None and logits.widened.itemsize <= (kinds[0].itemsize if kinds[0] is not None else 0):
+        return Failure(f"the softmax is computed in {logits.widened}, which is no wider type", (logits.product,))
     return None
 
 

@@ -46,7 +46,8 @@ from xform.rewrite.passes import RewritePass
 from xform.rewrite.pattern import Key
 from xform.rewrite.rule import Failure, Rule
 
-INPUTS = 6  # Q, K, V, attn_mask, past_key, past_value
+INPUTS = 7  # Q, K, V, attn_mask, past_key, past_value, and from opset 24 on nonpad_kv_seqlen
+MASK, PAST, LENGTHS = 3, 4, 6
 
 
 class Product(Rule):
@@ -122,7 +123,7 @@ class _OnAttention(Rule):
 
 
 def _inputs(node: ir.Node) -> list[ir.Value | None]:
-    return [*node.inputs, *[None] * (INPUTS - len(node.inputs))][:INPUTS]
+    return [*node.inputs, *[None] * (INPUTS - len(node.inputs))]
 
 
 def _attributes(node: ir.Node, **changed: Any) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class Scale(_OnAttention):
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
         scale = attribute(node, "scale")
         given = [operand(v) if v is not None else None for v in node.inputs[:2]]
-        if scale is None or given[0] is None or given[1] is None or _inputs(node)[4] is not None:
+        if scale is None or given[0] is None or given[1] is None or _inputs(node)[PAST] is not None:
             return
         found = [peel(g, transposes=False) for g in given if g is not None]
         if all(f.scale == 1.0 for f in found):
@@ -216,7 +217,7 @@ class SharedHeads(_OnAttention):
     name = "shared_heads"
 
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        if _inputs(node)[4] is not None:
+        if _inputs(node)[PAST] is not None:
             return
         keys, values = repeated_heads(node.inputs[1]), repeated_heads(node.inputs[2])
         if keys is None or values is None or keys.times != values.times:
@@ -238,7 +239,12 @@ class Cached(_OnAttention):
     name = "cache"
 
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        if _inputs(node)[4] is not None or len(node.outputs) > 1 or attribute(node, "is_causal", 0):
+        if (
+            _inputs(node)[PAST] is not None
+            or _inputs(node)[LENGTHS] is not None
+            or len(node.outputs) > 1
+            or attribute(node, "is_causal", 0)
+        ):
             return
         keys, values = cached(node.inputs[1]), cached(node.inputs[2])
         if keys is None or values is None:
@@ -254,7 +260,7 @@ class Cached(_OnAttention):
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         node: ir.Node = match.data["node"]
         keys, values = match.data["keys"], match.data["values"]
-        inputs = [node.inputs[0], keys.new, values.new, _inputs(node)[3], keys.past, values.past]
+        inputs = [node.inputs[0], keys.new, values.new, _inputs(node)[MASK], keys.past, values.past]
         return build.ops("Attention", inputs, 3, **_attributes(node))
 
 
@@ -264,7 +270,7 @@ class Filled(_OnAttention):
     name = "fill"
 
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        found = lowest_fill(_inputs(node)[3])
+        found = lowest_fill(_inputs(node)[MASK])
         if found is not None:
             yield Match(roots=(found[0].outputs[0],), data={"filled": found[0], "index": found[1]})
 

@@ -240,6 +240,23 @@ def test_softmax_that_feeds_no_second_product_is_no_near_miss() -> None:
     assert missed(remarks) == []
 
 
+def test_a_gate_is_no_near_miss() -> None:
+    """A linear layer, a softmax and a mix of values: constant weights are no keys."""
+    text = graph(f"l = MatMul(q, w) {P_V}", f"float[S,{D}] q, float[{D},{T}] w, float[{T},{D}] v", f"float[S,{D}] out")
+    feeds = {"q": floats(S, D), "v": floats(T, D)}
+    model, remarks = rewritten(text, NUMBERS | {"w": floats(D, T)}, feeds, RaiseAttention())
+    assert ops(model) == ["MatMul", "Softmax", "MatMul"]
+    assert missed(remarks) == []
+
+
+def test_softmax_in_a_narrower_type() -> None:
+    body = f"""{KT} m = MatMul(q, kt)  l = Cast <to = 10> (m)  p = Softmax <axis = -1> (l)
+        h = Cast <to = 1> (p)  out = MatMul(h, v)"""
+    model, remarks = rewritten(graph(body), NUMBERS, FEEDS, RaiseAttention())
+    assert "Attention" not in ops(model)
+    assert "no wider type" in missed(remarks)[0]
+
+
 def test_a_long_residual_stream_above_a_softmax_costs_little() -> None:
     """Both operands of every addition are tried; the search must not double at each."""
     chain = "".join(f"x{i + 1} = Add(x{i}, x{i}) " for i in range(60))
