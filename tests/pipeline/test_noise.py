@@ -46,6 +46,7 @@ def test_ties_are_noise():
     assert found.ok
     assert [(e.output, e.agrees, e.noisy) for e in found.outputs] == [("y", True, False), ("best", False, True)]
     assert any("rounding alone changes best" in note for note in found.notes)
+    assert found.max_rel_error < 1e-6  # of what was compared
 
 
 def test_clear_ranking_is_compared():

@@ -72,9 +72,11 @@ def _show(session: Session, outcome: Verification) -> None:
         table.add_column(name, overflow="fold")
     for row in outcome.outputs:
         allowed = f"{row.rtol:g} rel + {row.atol:g}"
-        verdict = "ok" if row.agrees else "differs"
+        verdict = "ok" if row.agrees else "noise" if row.noisy else "differs"
         errors = (f"{row.max_abs_error:.2e}", f"{row.max_rel_error:.2e}")
-        table.add_row(row.output, row.inputs, *errors, allowed, verdict, style=None if row.agrees else "red")
+        table.add_row(
+            row.output, row.inputs, *errors, allowed, verdict, style=None if row.agrees or row.noisy else "red"
+        )
     if outcome.outputs:
         session.say(table)
     for note in outcome.notes:

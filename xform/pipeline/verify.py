@@ -85,13 +85,13 @@ class Verification:
 
     @property
     def max_abs_error(self) -> float | None:
-        """Largest absolute error of any output; None where nothing was compared."""
-        return max((o.max_abs_error for o in self.outputs), default=None)
+        """Largest absolute error of any output that is not noisy; None where nothing was compared."""
+        return max((o.max_abs_error for o in self.outputs if not o.noisy), default=None)
 
     @property
     def max_rel_error(self) -> float | None:
-        """Largest relative error of any output; None where nothing was compared."""
-        return max((o.max_rel_error for o in self.outputs), default=None)
+        """Largest relative error of any output that is not noisy; None where nothing was compared."""
+        return max((o.max_rel_error for o in self.outputs if not o.noisy), default=None)
 
     @property
     def cases(self) -> tuple[str, ...]:
