@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import logging
 import os
 import pydoc_data.topics
 import re
@@ -100,6 +101,7 @@ def check_on_sentences(eager: Any, fast: Any, tokenizer: Any) -> float:
 def export(model: torch.nn.Module, example: dict[str, torch.Tensor], path: Path) -> Path:
     """What a user has without xform: the model as torch.onnx.export writes it, batch and length dynamic."""
     axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -127,8 +129,16 @@ def main() -> int:
     console.print(f"captured, optimized and verified in {time.perf_counter() - start:.1f} s")
     error = check_on_sentences(model, fast, tokenizer)
 
-    console.print("measuring latency, each model in a process of its own ...")
     before = export(model, pair, options.output / "minilm.exported.onnx")
+    other = xform.optimize(before, target="cpu")
+    console.print(f"\nthe same model as torch.onnx.export writes it, opset {other.report.opset_before}:")
+    console.print(other.explain("attention"), markup=False)
+    alike = fast.report.concepts == other.report.concepts
+    console.print(
+        f"both sources give {'the same' if alike else 'different'} attention, norms, activations and products"
+    )
+
+    console.print("\nmeasuring latency, each model in a process of its own ...")
     after = fast.save(options.output / "minilm.onnx")[0]
     feeds = {name: tensor.numpy() for name, tensor in example.items()}
     fast.report.latency = compare(before, after, feeds, rounds=options.rounds, seconds=0.25)

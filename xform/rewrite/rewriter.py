@@ -131,6 +131,7 @@ class Rewriter:
             return failure
         nodes = match.all_nodes()
         origin = _origin(nodes)
+        names = tuple(dict.fromkeys(display_name(n) for n in nodes))  # before the commit, which renames values
         builder = Builder(self.model.opset_imports, self._unique, origin, self.pass_name, rule.name)
         result = rule.rewrite(match, builder)
         if isinstance(result, Failure):
@@ -143,7 +144,6 @@ class Rewriter:
         self.context.applications += 1
         if len(match.roots) > 1 and edit.graph is not None:
             self._unsorted.add(edit.graph)
-        names = tuple(dict.fromkeys(display_name(n) for n in nodes))
         self.context.remark(self.pass_name, rule.name, "applied", names, concept=rule.concept)
         return edit
 

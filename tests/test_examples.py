@@ -1,0 +1,29 @@
+"""Examples run. The sentence model is run by `make demo`; here are the quick ones, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def _run(name: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_own_pass(tmp_path: Path) -> None:
+    text = _run("own_pass.py", tmp_path)
+    assert "Mul(%x, 0.125)" in text and "Tanh" in text
+    assert "done   multiply_by_root/divide_by_root at scaled, root" in text  # names of the nodes as the model has them
+    assert "undone wrong at y: output 'y'" in text
+
+
+def test_gate(tmp_path: Path) -> None:
+    text = _run("gate.py", tmp_path)
+    assert "1 gelu" in text
+    assert "required attention>=1, found 0" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
