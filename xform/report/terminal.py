@@ -60,6 +60,8 @@ def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
     missed = findings(r for r in report.remarks if r.verdict != "applied")
     if missed:
         parts += [Text("\nnot done, and why", style="bold"), findings_table(missed, limit=None if verbose else 12)]
+    else:
+        parts.append(Text("nothing was nearly matched and left, and nothing was undone", style="dim"))
     parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
     return Group(*parts)
 
@@ -132,7 +134,7 @@ def _size_facts(before: Size, after: Size) -> list[tuple[str, str]]:
         ("weights", change(before.bytes, after.bytes) + " bytes"),
     ]
     if before.flops is not None or after.flops is not None:
-        rows.append(("FLOPs", change(before.flops, after.flops)))
+        rows.append(("FLOPs (dynamic dims as 1)", change(before.flops, after.flops)))
     return rows
 
 
