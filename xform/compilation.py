@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner, get_backend
-from xform.errors import UsageError, VerificationError
+from xform.errors import TargetError, UsageError, VerificationError
 from xform.graph.clone import SOURCE_OPSET
 from xform.pipeline.manager import Progress, VerifyMode, run_pipeline
 from xform.pipeline.oracle import Oracle
@@ -164,6 +164,11 @@ def compile_graph(
 
 
 def _refuse_failed(verification: Verification, what: str) -> None:
+    if verification.state == "failed" and not verification.outputs:
+        raise TargetError(
+            f"ONNX Runtime cannot run the graph: {verification.reason}",
+            hint="give verify='off' to write the graph all the same",
+        )
     if verification.state == "failed":
         raise VerificationError(
             f"{what}: {verification.reason}",
