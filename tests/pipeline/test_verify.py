@@ -77,6 +77,14 @@ def test_size_constraint_is_found_by_trying_and_told():
     assert any("seq=13" in note for note in found.notes)
 
 
+def test_narrower_values_are_proposed_to_a_model_that_takes_no_typical_ones():
+    model = parse("g (float[6] x, int64[1] which) => (float[1] y) { y = ReduceSum(x, which) }")
+    verifier = Verifier(model)
+    assert verifier.compare(model).ok
+    assert verifier.cases[0].arrays["which"] == [0]
+    assert "zeros" in verifier.cases[0].source or "binary" in verifier.cases[0].source
+
+
 def test_no_size_works_is_unverified():
     model = parse("g (float[a,b] x) => (float[n,7919] y) { y = Reshape(x, s) }", s=np.array([-1, 7919]))
     found = verify(model, model)
