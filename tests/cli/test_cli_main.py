@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from xform import errors
@@ -140,9 +141,12 @@ def test_interrupting_a_real_run_ends_with_130_and_leaves_nothing(mlp: Path, tmp
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), cwd=tmp_path
     )
-    time.sleep(6)
+    deadline = time.monotonic() + 120
+    while not psutil.Process(process.pid).children():  # it measures once its workers are there
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert json.loads(out)["exit_code"] == 130
     assert [path.name for path in tmp_path.iterdir()] == ["mlp.onnx"]
