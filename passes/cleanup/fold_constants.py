@@ -117,7 +117,7 @@ class _Decision:
         tensors = [constant_tensor(v) for v in node.inputs if v is not None]
         if any(t is None or t.dtype not in _NUMBERS or t.size > self.options.input_limit for t in tensors):
             return False
-        return _meaning_agrees(node) and self._fits(node, [t for t in tensors if t is not None])
+        return self._fits(node, [t for t in tensors if t is not None]) and _meaning_agrees(node)
 
     def _fits(self, node: ir.Node, operands: list[ir.TensorProtocol]) -> bool:
         output = node.outputs[0]

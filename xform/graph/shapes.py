@@ -184,6 +184,8 @@ def _improve(value: ir.Value, found: list[Expr | None], data: ShapeData) -> bool
     """Replace unknown and generated dims of `value` by computed ones."""
     known = value.shape
     keep_names = value.is_graph_output()
+    if value.type is None:
+        return False  # a shape alone cannot be written down
     if known is None or len(known) != len(found):
         if known is not None and not keep_names and all(isinstance(d, int) for d in known.dims):
             return False  # what ONNX derived as static stands
@@ -217,6 +219,8 @@ def _merge_value(value: ir.Value, found: onnx.TypeProto) -> bool:
     tensor = found.tensor_type
     if tensor.elem_type and value.dtype != tensor.elem_type:
         value.dtype = ir.DataType(tensor.elem_type)
+    if value.type is None:
+        return False  # a shape alone cannot be written down
     if not tensor.HasField("shape"):
         return value.shape is not None
     return _merge_shape(value, [_dim(d) for d in tensor.shape.dim])
