@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side; read when torch is imported
 
 import torch
 
