@@ -60,7 +60,7 @@ def test_an_unmet_requirement_names_counts_and_what_was_nearly_matched() -> None
         check_requirements(demands, {"attention": 10, "gelu": 1}, remarks)
     text = str(caught.value)
     assert "required attention>=12, found 10" in text
-    assert "2 x raise_attention/sdpa: mask of rank 5 (at layer.0, layer.1)" in text
+    assert "2 x raise_attention/sdpa: mask of rank 5 (at layer.0; layer.1)" in text
     assert "not asked about" not in text and "gelu" not in text
 
 

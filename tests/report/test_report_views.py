@@ -14,7 +14,7 @@ from xform.errors import OutputError
 from xform.report.files import write_report
 from xform.report.html import to_html
 from xform.report.schema import Report, VerificationReport
-from xform.report.terminal import change, facts, findings, node_list, report_view
+from xform.report.terminal import change, facts, findings, place_list, report_view
 from xform.rewrite.remarks import Remark
 
 
@@ -32,7 +32,7 @@ def _printed(report: Report, **options: bool) -> str:
 def test_terminal_tells_what_was_done_and_why_not(report: Report) -> None:
     text = _printed(report)
     assert "fold" in text and "10 -> 6" in text
-    assert "padded with <zeros>" in text and "c2, b2, c3" in text
+    assert "padded with <zeros>" in text and "c2, b2; c3" in text
     assert "undone: output y differs" in text
     assert "2.00 times as fast" in text
     assert "yes on 2 random inputs, largest relative error 2.0e-06" in text
@@ -54,7 +54,7 @@ def test_brackets_in_names_are_no_markup(report: Report) -> None:
 
 def test_findings_group_equal_reasons(report: Report) -> None:
     missed = findings(r for r in report.remarks if r.verdict == "missed")
-    assert [(f.rule, f.count, f.nodes) for f in missed] == [("fold/conv", 2, ("c2", "b2", "c3"))]
+    assert [(f.rule, f.count, f.places) for f in missed] == [("fold/conv", 2, (("c2", "b2"), ("c3",)))]
 
 
 def test_unverified_is_not_called_verified(report: Report) -> None:
@@ -64,12 +64,12 @@ def test_unverified_is_not_called_verified(report: Report) -> None:
     assert dict(facts(report))["verified"].startswith("FAILED: y is off")
 
 
-def test_change_and_node_list() -> None:
+def test_change_and_place_list() -> None:
     assert change(1000, 1000) == "1,000"
     assert change(5, 3) == "5 -> 3"
     assert change(None, None) == "unknown"
-    assert node_list(["a", "b", "c", "d"], 1) == "a, b, c and 1 more"
-    assert node_list(["a", "b", "c", "d"], None) == "a, b, c, d"
+    assert place_list([("a", "b", "c"), ("d",), (), ("e",)], brief=True) == "a, b, ...; d; and 1 more"
+    assert place_list([("a", "b", "c"), (), ("d",)], brief=False) == "a, b, c\nd"
 
 
 class _Tags(html.parser.HTMLParser):
@@ -82,7 +82,7 @@ class _Tags(html.parser.HTMLParser):
         self.sources: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag != "meta":
+        if tag not in ("meta", "br"):
             self.open.append(tag)
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 

@@ -11,7 +11,7 @@ from typing import Any
 from xform.cli.common import closest, human_bytes
 from xform.errors import BudgetError, RequirementError, UsageError
 from xform.report.schema import LatencyReport
-from xform.report.terminal import findings, node_list
+from xform.report.terminal import findings, place_list
 from xform.rewrite.remarks import Remark
 
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
@@ -85,7 +85,8 @@ def check_requirements(
     what = "; ".join(f"required {r}, found {counts.get(r.name, 0)}" for r in unmet)
     about = [r for r in remarks if r.verdict != "applied" and any(_concerns(r, u.name) for u in unmet)]
     reasons = [
-        f"\n    {f.count} x {f.rule}: {f.reason} (at {node_list(f.nodes, 1)})" for f in findings(about)[:_REASONS_SHOWN]
+        f"\n    {f.count} x {f.rule}: {f.reason} (at {place_list(f.places, brief=True)})"
+        for f in findings(about)[:_REASONS_SHOWN]
     ]
     hint = (
         "what was nearly matched:" + "".join(reasons)

@@ -51,13 +51,14 @@ def _passes(report: Report) -> str:
 
 def _findings(report: Report, verdict: str) -> list[tuple[str, ...]]:
     found = findings(r for r in report.remarks if r.verdict == verdict)
-    return [(str(f.count), _code(f.rule), escape(f.reason), _nodes(f.nodes)) for f in found]
+    return [(str(f.count), _code(f.rule), escape(f.reason), _places(f.places)) for f in found]
 
 
-def _nodes(nodes: Sequence[str]) -> str:
-    if len(nodes) <= 3:
-        return ", ".join(map(_code, nodes))
-    return f"<details><summary>{len(nodes)} nodes</summary>{', '.join(map(_code, nodes))}</details>"
+def _places(places: Sequence[Sequence[str]]) -> str:
+    lines = [", ".join(map(_code, nodes)) for nodes in places if nodes]
+    if len(lines) <= 1:
+        return "".join(lines)
+    return f"<details><summary>{len(lines)} places</summary>{'<br>'.join(lines)}</details>"
 
 
 def _environment(report: Report) -> str:

@@ -12,7 +12,8 @@ from rich.text import Text
 from xform.report.schema import PassReport, Report, Size
 from xform.rewrite.remarks import Remark
 
-NODES_SHOWN = 3
+NODES_SHOWN = 2
+PLACES_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,19 @@ class Finding:
         verdict: Verdict of all of them.
         reason: Their reason.
         concept: Their concept.
-        count: How many there are.
-        nodes: All their nodes, in order.
+        places: The nodes of each, in order.
     """
 
     rule: str
     verdict: str
     reason: str
     concept: str
-    count: int
-    nodes: tuple[str, ...]
+    places: tuple[tuple[str, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """How many remarks there are."""
+        return len(self.places)
 
 
 def findings(remarks: Iterable[Remark]) -> list[Finding]:
@@ -43,7 +47,7 @@ def findings(remarks: Iterable[Remark]) -> list[Finding]:
         rule = remark.pass_name if remark.rule in ("", remark.pass_name) else f"{remark.pass_name}/{remark.rule}"
         groups.setdefault((rule, remark.verdict, remark.reason, remark.concept), []).append(remark)
     found = [
-        Finding(rule, verdict, reason, concept, len(group), tuple(node for remark in group for node in remark.nodes))
+        Finding(rule, verdict, reason, concept, tuple(remark.nodes for remark in group))
         for (rule, verdict, reason, concept), group in groups.items()
     ]
     return sorted(found, key=lambda finding: -finding.count)
@@ -173,17 +177,25 @@ def findings_table(found: Sequence[Finding], *, limit: int | None = None) -> Ren
     table.add_column("nodes", overflow="fold")
     for finding in found[:limit]:
         reason = f"undone: {finding.reason}" if finding.verdict == "rolled_back" else finding.reason
-        table.add_row(str(finding.count), Text(finding.rule), Text(reason), Text(node_list(finding.nodes, limit)))
+        table.add_row(
+            str(finding.count),
+            Text(finding.rule),
+            Text(reason),
+            Text(place_list(finding.places, brief=limit is not None)),
+        )
     if limit is None or len(found) <= limit:
         return table
     return Group(table, Text(f"and {len(found) - limit} more", style="dim"))
 
 
-def node_list(nodes: Sequence[str], limit: int | None) -> str:
-    """The first nodes by name, and how many there are besides."""
-    if limit is None or len(nodes) <= NODES_SHOWN:
-        return ", ".join(nodes)
-    return ", ".join(nodes[:NODES_SHOWN]) + f" and {len(nodes) - NODES_SHOWN} more"
+def place_list(places: Sequence[Sequence[str]], *, brief: bool) -> str:
+    """The nodes of each place on a line of its own; brief: the first nodes of the first places on one line."""
+    known = [nodes for nodes in places if nodes]
+    if not brief:
+        return "\n".join(", ".join(nodes) for nodes in known)
+    shown = [", ".join(nodes[:NODES_SHOWN]) + (", ..." if len(nodes) > NODES_SHOWN else "") for nodes in known]
+    rest = len(known) - PLACES_SHOWN
+    return "; ".join(shown[:PLACES_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def change(before: int | None, after: int | None) -> str:
