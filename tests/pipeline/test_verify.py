@@ -61,11 +61,18 @@ def test_other_interface_has_failed(planted):
     assert "interfaces differ" in verify(model, other).reason
 
 
-def test_newer_opset_than_the_runtime_knows_is_unverified(planted):
+def test_newer_opset_than_the_runtime_knows_is_run_at_one_that_it_knows(planted):
     model = planted.chain()
-    model.opset_imports[""] = 99
+    model.opset_imports[""] = 28
+    assert verify(model, model).ok
+    assert verify(model, changed(model)).state == "failed"
+    assert model.opset_imports[""] == 28
+
+
+def test_operator_of_no_opset_that_the_runtime_knows_is_unverified():
+    model = parse("g (float[4] x) => (float[4] y) { y = NoSuchOperator(x) }", 28)
     found = verify(model, model)
-    assert found.state == "unverified" and "opset" in found.reason.lower()
+    assert found.state == "unverified" and "NoSuchOperator" in found.reason
 
 
 def test_size_constraint_is_found_by_trying_and_told():

@@ -8,6 +8,7 @@ temporary file and without the 2 GB limit of protobuf. Sessions are released as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from xform.errors import VerificationError
+from xform.errors import ModelError, VerificationError
+from xform.graph.clone import clone
+from xform.graph.downgrade import downgrade
 from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
@@ -26,6 +29,8 @@ Oracle = Callable[[Inputs], Mapping[str, Any] | Sequence[Any]]
 LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where the runtime's shape inference can read them
 _MAX_IR_VERSION = 10  # ONNX Runtime refuses files stamped newer than it knows; the stamp itself changes nothing
 _THREADS = 2
+_NEWEST_OPSET = re.compile(r"official support for domain ai\.onnx is till opset (\d+)")
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?=\w)")
 # dtypes that NumPy lacks cross the boundary as float32 through a Cast that is exact
 _NO_NUMPY = {
     onnx.TensorProto.BFLOAT16,
@@ -60,16 +65,26 @@ class Session:
         adjust: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self._output_names = [value.name or "" for value in model.graph.outputs]
+        self._adjust = adjust
+        self._child: Child | None = None
+        self._session: Any = None
+        try:
+            self._load(model, threads)
+        except CouldNotRunError as error:
+            newest = _NEWEST_OPSET.search(error.what)
+            if newest is None or model.opset_imports.get("", 0) <= int(newest[1]):
+                raise
+            self._load(_downgraded(model, int(newest[1])), threads)
+
+    def _load(self, model: ir.Model, threads: int) -> None:
         try:
             proto, lent = serialize(model)
-            lent = lent if adjust is None else adjust(lent)
+            lent = lent if self._adjust is None else self._adjust(lent)
             data = proto.SerializeToString()
         except Exception as error:
             raise CouldNotRunError(f"the graph could not be serialized: {_first_line(error)}") from error
         self._casts = _widen_interface_names(proto)
         self._lent = lent  # the runtime reads this memory for as long as the session lives
-        self._child: Child | None = None
-        self._session: Any = None
         timeout = isolation_timeout()
         try:
             if timeout is not None:
@@ -255,6 +270,21 @@ def _widen_interface_names(proto: onnx.ModelProto) -> dict[str, str]:
     return {v.name.removesuffix(suffix): v.name for v in proto.graph.input if v.name.endswith(suffix)}
 
 
+def _downgraded(model: ir.Model, opset: int) -> ir.Model:
+    """The same graph at an opset that the runtime knows.
+
+    Raises:
+        CouldNotRunError: An operator cannot be said there.
+    """
+    copy = clone(model)
+    try:
+        downgrade(copy, opset)
+    except ModelError as error:
+        raise CouldNotRunError(f"ONNX Runtime knows opsets up to {opset}: {error.what}", where=error.where) from error
+    return copy
+
+
 def _first_line(error: Exception) -> str:
+    """The first line of a message, without the place in the runtime's sources that some begin with."""
     lines = str(error).strip().splitlines()
-    return lines[0][:400] if lines else type(error).__name__
+    return _SOURCE_PLACE.sub("", lines[0])[:500] if lines else type(error).__name__
