@@ -138,7 +138,9 @@ def weighted_sums(node: ir.Node) -> list[tuple[Operand, Operand, tuple[int, ...]
 
 def _contraction(node: ir.Node) -> tuple[Operand, Operand, tuple[int, ...]] | Failure:
     """A [.., I, C] and B [.., C, J], and the perm from [.., I, J] to the output."""
-    first, second = (operand(v) if v is not None else None for v in node.inputs[:2])
+    if len(node.inputs) != 2:
+        return Failure(f"the product has {len(node.inputs)} operands", (node,))
+    first, second = (operand(v) if v is not None else None for v in node.inputs)
     if first is None or second is None:
         return Failure("the rank of an operand of the product is unknown", (node,))
     if is_op(node, "Einsum"):
