@@ -87,6 +87,7 @@ def _steps(name: str, result: Result, step: Any, steps: frozenset[str]) -> None:
 
     from xform.capture import capture_torch
     from xform.capture.torch_pytree import register_classes
+    from xform.errors import CaptureError
 
     torch.set_num_threads(1)
     with step("build"):
@@ -95,13 +96,20 @@ def _steps(name: str, result: Result, step: Any, steps: frozenset[str]) -> None:
     with step("eager"), torch.no_grad():
         expected = module(*_fresh(args), **_fresh(kwargs))
     register_classes([expected, args, kwargs])  # torch.export wants to know caches and other containers
-    with step("export"), torch.no_grad():
-        program = torch.export.export(module, _fresh(args), _fresh(kwargs), strict=False)
     if "stock" in steps:
+        with step("export"), torch.no_grad():
+            program = torch.export.export(module, _fresh(args), _fresh(kwargs), strict=False)
         result["stock"] = _stock(program, step)
-    del program
-    with step("capture"):
-        captured = capture_torch(module, _fresh(args), _fresh(kwargs))
+        del program
+    try:
+        with step("capture"):
+            captured = capture_torch(module, _fresh(args), _fresh(kwargs))
+    except CaptureError:
+        if "stock" not in steps:  # then whether torch.export alone takes it is not known yet
+            with step("export"), torch.no_grad():
+                torch.export.export(module, _fresh(args), _fresh(kwargs), strict=False)
+            result["step"] = "capture"
+        raise
     with step("optimize"):
         optimized = _optimize(captured.model) if "optimize" in steps else _as_captured(captured.model)
     with step("run"):
@@ -191,7 +199,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 def verdict(result: Result) -> Result:
     """Add what counts: exported, captured, equal, and the reason where not."""
     done = result["done"]
-    result["exported"] = "export" in done
+    result["exported"] = "export" in done or "capture" in done
     result["captured"] = "capture" in done
     result["equal"] = result.get("error", float("inf")) <= TOLERANCE and result.get("same_class", False)
     if result["captured"] and "run" in done and not result["equal"]:
@@ -276,7 +284,13 @@ def main() -> int:
     parser.add_argument("--only", metavar="REGEX", help="architectures whose name matches")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="JSON lines: add results, skip those it has")
-    parser.add_argument("--skip", choices=["stock", "optimize"], action="append", default=[], help="leave out a step")
+    parser.add_argument(
+        "--skip",
+        choices=["stock", "optimize"],
+        action="append",
+        default=[],
+        help="leave out a step (without stock, torch.export runs alone only where capture failed)",
+    )
     options = parser.parse_args()
     start = time.monotonic()
     names = [n for n in architectures() if options.only is None or re.search(options.only, n)]

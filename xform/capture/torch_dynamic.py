@@ -141,25 +141,33 @@ def sizes_of(
     ids, embeddings or waveforms, and otherwise after the first input axis that it is the size of.
     """
     tensors = input_values(program)
-    symbols: dict[str, str] = {}
-    batch_size: int | None = None
-    for name, tensor in zip(names, tensors, strict=True):
-        for axis, size in enumerate(tensor.shape):
-            expression = None if isinstance(size, int) else size.node.expr
-            if isinstance(expression, sympy.Symbol) and str(expression) not in symbols:
-                request = requests.get(name, {}).get(axis)
-                wanted = request.name if request is not None else _symbol_name(name, axis, tensor.ndim)
-                # Where torch found no reason for two batches to be equal, being equal in the example is reason enough.
-                same_batch = wanted == "batch" and batch_size in (None, size.node.hint)
-                batch_size = size.node.hint if same_batch else batch_size
-                taken = [] if same_batch else list(symbols.values())
-                symbols[str(expression)] = unique_names([wanted], taken)[0]
+    symbols = _name_symbols(names, tensors, requests)
     renaming = {sympy.Symbol(old): sympy.Symbol(new, integer=True) for old, new in symbols.items()}
     shapes = {
         name: tuple(_renamed(size, renaming) for size in tensor.shape)
         for name, tensor in zip(names, tensors, strict=True)
     }
     return Sizes(shapes, _ranges(program, symbols, requests)), symbols
+
+
+def _name_symbols(
+    names: Sequence[str], tensors: Sequence[torch.Tensor], requests: Mapping[str, Mapping[int, DimRequest | None]]
+) -> dict[str, str]:
+    symbols: dict[str, str] = {}
+    batch: int | None = None
+    for name, tensor in zip(names, tensors, strict=True):
+        for axis, size in enumerate(tensor.shape):
+            symbol = size.node.expr if isinstance(size, torch.SymInt) else None
+            if not isinstance(symbol, sympy.Symbol) or str(symbol) in symbols:
+                continue
+            request = requests.get(name, {}).get(axis)
+            if request is None and axis == 0 and batch in (None, size.node.hint):  # type: ignore[attr-defined]
+                # Where torch found no reason for two batches to be equal, being equal in the example is reason enough.
+                batch, symbols[str(symbol)] = size.node.hint, "batch"  # type: ignore[attr-defined]
+                continue
+            wanted = request.name if request is not None else _symbol_name(name, axis, tensor.ndim)
+            symbols[str(symbol)] = unique_names([wanted], list(symbols.values()))[0]
+    return symbols
 
 
 def input_values(program: ExportedProgram) -> list[torch.Tensor]:
@@ -170,22 +178,28 @@ def input_values(program: ExportedProgram) -> list[torch.Tensor]:
 
 
 def dims_of(program: ExportedProgram, names: Sequence[str]) -> dict[str, dict[int, DimRequest | None]]:
-    """The dynamic dims that an exported program has, as requests for its inputs of these names."""
+    """The dynamic dims that an exported program has, as requests for its inputs of these names.
+
+    torch does not keep what the user called them. A dim that is an expression of others is left to be found.
+    """
     requests: dict[str, dict[int, DimRequest | None]] = {}
+    known: dict[str, DimRequest] = {}
     for name, value in zip(names, input_values(program), strict=True):
-        axes = {axis: _request_of(program, s) for axis, s in enumerate(value.shape) if not isinstance(s, int)}
+        axes: dict[int, DimRequest | None] = {}
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, torch.SymInt):
+                continue
+            symbol = size.node.expr
+            if isinstance(symbol, sympy.Symbol) and str(symbol) not in known:
+                taken = [request.name for request in known.values()]
+                label = unique_names([_symbol_name(name, axis, value.ndim)], taken)[0]
+                limits = program.range_constraints[symbol]
+                low = int(limits.lower) if limits.lower > 2 else None
+                known[str(symbol)] = DimRequest(label, low, int(limits.upper) if limits.upper.is_Integer else None)
+            axes[axis] = known.get(str(symbol))
         if axes:
             requests[name] = axes
     return requests
-
-
-def _request_of(program: ExportedProgram, size: torch.SymInt) -> DimRequest | None:
-    expression = size.node.expr
-    if not isinstance(expression, sympy.Symbol):
-        return None
-    limits = program.range_constraints[expression]
-    high = int(limits.upper) if limits.upper.is_Integer else None
-    return DimRequest(str(expression), int(limits.lower) if limits.lower > 2 else None, high)
 
 
 def _symbol_name(name: str, axis: int, rank: int) -> str:

@@ -100,7 +100,7 @@ def _name_nodes(graph: ir.Graph) -> None:
     names = []
     for node in nodes:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
-        scope = scopes[-2] if len(scopes) > 1 else ""
+        scope = scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_empty_nn_module") else ""
         scope = scope[len(PREFIX) :] if scope.startswith(PREFIX) else "" if scope == PREFIX[:-1] else scope
         own = (scopes[-1] if scopes else node.name) or node.op_type
         names.append(f"{scope}/{own}" if scope else own)

@@ -158,7 +158,7 @@ def capture_torch(
 def _capture_program(
     program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Dynamic
 ) -> CapturedModule:
-    """Capture an exported program with the inputs and dynamic dims that it was exported with, unless others are given."""
+    """Capture an exported program with the inputs and dynamic dims that it was exported with, or others where given."""
     if not args and not kwargs:
         if program.example_inputs is None:
             raise UsageError("the exported program carries no example inputs", hint="give args and kwargs")

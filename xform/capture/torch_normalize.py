@@ -12,6 +12,7 @@ Each keeps what the program computes:
 3. Attention whose heads or batches only broadcasting reconciles (multi-query attention, a key shared by the batch) ->
    grouped-query attention where there is one key/value head, expanded operands elsewhere. ONNX's Attention does not
    broadcast.
+4. A mask that broadcasts over queries or keys -> the expanded mask. ONNX Runtime asks for as many mask rows as queries.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _normalize_node(node: Node) -> bool:
         node.target = _VIEWS[node.target]
         return True
     if node.target is _SDPA:
-        return attention_to_rank_4(node) | match_heads(node)
+        return attention_to_rank_4(node) | match_heads(node) | spread_mask(node)
     return False
 
 
@@ -124,6 +125,21 @@ def match_heads(node: Node) -> bool:
     _set_arguments(node, expanded, _mask(node))
     if one_group:
         node.kwargs = {**node.kwargs, "enable_gqa": True}
+    return True
+
+
+def spread_mask(node: Node) -> bool:
+    """Spell out a mask [.., 1, keys] or [.., queries, 1] of a rank-4 attention; False if it has both dims."""
+    mask = _mask(node)
+    if mask is None:
+        return False
+    query, key, _ = _operands(node)
+    shape = list(value_of(mask).shape)
+    wanted = [*shape[:-2], value_of(query).shape[-2], value_of(key).shape[-2]]
+    if len(shape) >= 2 and all(_all_equal(pair) for pair in zip(shape, wanted, strict=True)):
+        return False
+    spread = insert_call(node, aten.expand.default, (mask, _size_nodes(node, wanted)))
+    _set_arguments(node, _operands(node), spread)
     return True
 
 

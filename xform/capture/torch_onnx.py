@@ -17,10 +17,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 from torch.onnx._internal.exporter import _core, _registration
 
+from xform.capture.onnx_file import notes
 from xform.capture.torch_errors import failing_node
 from xform.capture.torch_operators import keep_operator
+from xform.capture.torch_program import PREFIX
 
 OPSET = 23
 
@@ -42,30 +45,30 @@ def quiet() -> Iterator[None]:
 
 
 def translate(program: ExportedProgram) -> ir.Model:
-    """The program as an ONNX model at opset 23 that shares its tensors.
+    """The program as an ONNX model at opset 23 that shares its tensors; what it leaves out is in the model's notes.
 
     Raises:
         Exception: What the exporter raised on an operator that can neither be decomposed nor kept.
     """
     decomposed: set[torch._ops.OpOverload] = set()
-    kept: set[torch._ops.OpOverload] = set()
     while True:
         try:
             return _export(program)
         except Exception as error:
-            target = _refused_operator(error)
-            if target is None or target in kept:
+            node = failing_node(error)
+            if node is None or not isinstance(node.target, torch._ops.OpOverload):
                 raise
-            if target not in decomposed and (table := _decomposition(target)):
-                decomposed.add(target)
+            if node.target not in decomposed and (table := _decomposition(node.target)):
+                decomposed.add(node.target)
                 program = program.run_decompositions(table)
-                continue
-            kept.add(target)
-            if not keep_operator(program, target):
-                # The refused operator comes out of a decomposition: show it by decomposing everything.
-                program = program.run_decompositions()
-                if not keep_operator(program, target):
-                    raise
+            elif not _keep(program, node):
+                raise
+
+
+def _keep(program: ExportedProgram, refused: torch.fx.Node) -> bool:
+    """Keep a refused operator as it is; where it came out of a decomposition, the operator that was decomposed."""
+    origin = refused.meta.get("original_aten")
+    return any(keep_operator(program, t) for t in (refused.target, origin) if isinstance(t, torch._ops.OpOverload))
 
 
 @functools.cache
@@ -77,12 +80,19 @@ def _registry() -> _registration.ONNXRegistry:
 def _export(program: ExportedProgram) -> ir.Model:
     with quiet():
         exported = _core.export(program, registry=_registry(), opset_version=OPSET, optimize=False, verbose=False)
+    if exported.exported_program is not None:
+        _note_writes(exported.model, exported.exported_program.graph_signature)
     return exported.model
 
 
-def _refused_operator(error: BaseException) -> torch._ops.OpOverload | None:
-    node = failing_node(error)
-    return node.target if node is not None and isinstance(node.target, torch._ops.OpOverload) else None
+def _note_writes(model: ir.Model, signature: ExportGraphSignature) -> None:
+    """Tell of what forward writes into: a graph has no side effects."""
+    written = [f"buffer {name.removeprefix(PREFIX)}" for name in signature.buffers_to_mutate.values()]
+    written += [f"argument {name}" for name in signature.user_inputs_to_mutate.values()]
+    notes(model).extend(
+        f"forward writes into its {what}; the captured graph computes the same result but does not write there"
+        for what in written
+    )
 
 
 def _decomposition(target: torch._ops.OpOverload) -> dict[Any, Callable[..., Any]]:

@@ -34,9 +34,11 @@ def keep_operator(program: ExportedProgram, target: torch._ops.OpOverload) -> in
     for module in program.graph_module.modules():
         if not isinstance(module, torch.fx.GraphModule):
             continue
-        for node in [node for node in module.graph.nodes if node.op == "call_function" and node.target is target]:
+        # By name: torch makes more than one object for an overload.
+        calls = [node for node in module.graph.nodes if node.op == "call_function" and str(node.target) == str(target)]
+        for node in calls:
             _keep_node(node)
-            count += 1
+        count += len(calls)
         module.graph.lint()
         module.recompile()
     return count
