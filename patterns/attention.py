@@ -21,6 +21,8 @@ from xform.patterns.attention_logits import FLOATS, Logits, walk_logits
 from xform.patterns.attention_operands import Operand, peel, product_operands, weighted_sums
 from xform.rewrite.rule import Failure
 
+LONGEST_SHAPE_CHAIN = 64
+
 
 @dataclass(frozen=True)
 class Core:
@@ -154,12 +156,27 @@ def _check_readers(node: ir.Node, nodes: tuple[ir.Node, ...]) -> Failure | None:
         if inner is node:
             continue
         for value in inner.outputs:
-            other = next((user for user, _ in value.uses() if user not in inside), None)
+            other = next((user for user, _ in value.uses() if user not in inside and not _serves(user, inside)), None)
             if other is not None:
                 return Failure(f"{display_name(other)} also reads the attention's {value.name}", (inner, other))
             if value.is_graph_output():
                 return Failure(f"the attention's {value.name} is an output of the model", (inner,))
     return None
+
+
+def _serves(node: ir.Node, inside: set[ir.Node]) -> bool:
+    """Whether all that comes of `node` is the shape of a view inside the attention, read off the logits."""
+    stack, seen = [node], {node}
+    while stack:
+        for value in stack.pop().outputs:
+            if any(user in inside and (user.op_type, index) != ("Reshape", 1) for user, index in value.uses()):
+                return False
+            readers = {user for user, _ in value.uses()} - inside - seen
+            seen |= readers
+            stack += readers
+            if value.is_graph_output() or len(seen) > LONGEST_SHAPE_CHAIN:
+                return False
+    return True
 
 
 def _check_types(queries: Operand, keys: Operand, values: Operand, logits: Logits, node: ir.Node) -> Failure | None:

@@ -265,6 +265,19 @@ def test_softmax_in_a_view(step: str) -> None:
     assert "MatMul" not in ops(model)
 
 
+def test_a_view_whose_shape_is_read_off_the_weights() -> None:
+    body = f"""wide = Constant <value_ints = [-1, {H}, {S}, {T}]> () kt = Transpose <perm = [0, 2, 1]> (k)
+        m = MatMul(q, kt) x = Reshape(m, wide) a = Add(x, mask) p = Softmax <axis = -1> (a)
+        tail = Shape <start = 2> (p) all = Constant <value_ints = [-1]> () shape = Concat <axis = 0> (all, tail)
+        f = Reshape(p, shape) out = MatMul(f, v)"""
+    inputs = f"float[{B * H},{S},{D}] q, float[{B * H},{T},{D}] k, float[{B * H},{T},{D}] v"
+    feeds = {"q": floats(B * H, S, D), "k": floats(B * H, T, D), "v": floats(B * H, T, D), "mask": floats(B, 1, S, T)}
+    text = graph(body, f"float[{B},1,{S},{T}] mask", inputs, f"float[{B * H},{S},{D}] out")
+    model, _ = rewritten(text, NUMBERS, feeds, RaiseAttention())
+    assert ops(model).count("Attention") == 1
+    assert not {"MatMul", "Shape", "Softmax"} & set(ops(model))
+
+
 def test_five_axes_with_a_window_mask() -> None:
     shape = f"[A,2,{H},{S},{D}]"
     inputs = f"float{shape} q, float{shape} k, float{shape} v"
