@@ -80,7 +80,7 @@ def pass_table(passes: Sequence[PassReport], *, verbose: bool = False) -> Render
     table = plain_table()
     table.add_column("pass", no_wrap=True)
     for name in ("applied", "missed", "undone", "nodes", "rel error", "seconds"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     shown = [p for p in passes if verbose or p.status != "unchanged" or p.missed]
     for entry in shown:
         style = "red" if entry.status == "rolled_back" else None
