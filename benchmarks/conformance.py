@@ -187,15 +187,15 @@ def _text(value: Any) -> str:
 # --- through xform --------------------------------------------------------------------------------------------------
 
 
-def through_optimize(model: onnx.ModelProto) -> bytes:
-    """The default path: the `exact` preset, as a user's call would run it."""
+def through_optimize(model: onnx.ModelProto, **options: Any) -> bytes:
+    """The default path: the `exact` preset, as a user's call would run it; `options` are those of `xform.optimize`."""
     import tempfile
 
     import xform
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        xform.optimize(model, target="cpu", preset="exact", verify="off").save(path)
+        xform.optimize(model, target="cpu", preset="exact", verify="off", **options).save(path)
         return path.read_bytes()
 
 
@@ -239,6 +239,8 @@ def _converted(model: onnx.ModelProto, down: bool) -> bytes:
 
 THROUGH: dict[str, Callable[[onnx.ModelProto], bytes]] = {
     "optimize": through_optimize,
+    "portable": functools.partial(through_optimize, portable=True),
+    "portable-17": functools.partial(through_optimize, portable=True, opset=17),
     "upgrade": through_upgrade,
     "round-trip": through_round_trip,
     **{f"opset-{n}": functools.partial(through_opset, opset=n) for n in range(7, 26)},

@@ -265,6 +265,15 @@ def test_inputs_become_attributes(
     assert all(init.name in {i for n in lowered.graph.node for i in n.input} for init in lowered.graph.initializer)
 
 
+@pytest.mark.parametrize(("op", "inputs"), [("Max", 3), ("Min", 2), ("Clip", 3), ("Clip", 2), ("Max", 1)])
+def test_extremes_of_integers(op: str, inputs: int) -> None:
+    feeds = {n: RNG.integers(-9, 9, (3, 4)) for n in ("a", "b", "c")[:inputs]}
+    if op == "Clip":
+        feeds = {"a": feeds["a"], "b": np.asarray(-2), "c": np.asarray(3)}
+        feeds = dict(list(feeds.items())[:inputs])
+    assert op not in ops(check(one_node(op, 13, feeds), feeds, 11))
+
+
 def test_resize_returns_to_the_asymmetric_version() -> None:
     feeds = {"x": floats(1, 2, 3, 4)}
     constants = {"roi": np.zeros(0, np.float32), "sc": np.asarray([1, 1, 2, 3], np.float32)}

@@ -178,14 +178,31 @@ def _topk_10(node: ir.Node, _emit: Emitter) -> None:
 
 @lower(12, "Clip")
 def _clip_12(node: ir.Node, emit: Emitter) -> Sequence[ir.Value] | None:
-    """Integers could not be clipped; where a bound and what it bounds broadcast, Min and Max do the same."""
+    """Integers could not be clipped."""
     x = node.inputs[0]
     if x is None or x.dtype is None or x.dtype.is_floating_point():
         return None
     low, high = get_input(node, 1), get_input(node, 2)
-    result = emit.op("Max", x, low) if low is not None else x
-    result = emit.op("Min", result, high) if high is not None else result
+    result = _choose(emit, "Greater", x, low) if low is not None else x
+    result = _choose(emit, "Less", result, high) if high is not None else result
     return [result if result is not x else emit.op("Identity", x)]
+
+
+@lower(12, "Max", "Min")
+def _extreme_12(node: ir.Node, emit: Emitter) -> Sequence[ir.Value] | None:
+    """Integers had no Max and Min, but could be compared."""
+    first, *others = (v for v in node.inputs if v is not None)
+    if first.dtype is None or first.dtype.is_floating_point():
+        return None
+    result = first
+    for other in others:
+        result = _choose(emit, "Greater" if node.op_type == "Max" else "Less", result, other)
+    return [result if result is not first else emit.op("Identity", first)]
+
+
+def _choose(emit: Emitter, comparison: str, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Element by element, `a` where the comparison holds, else `b`."""
+    return emit.op("Where", emit.op(comparison, a, b), a, b)
 
 
 @lower(11, "Clip")
