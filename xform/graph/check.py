@@ -69,9 +69,9 @@ def _check_graph(
         where = f"node {display_name(node)} ({node.op_type})"
         if node.domain not in opsets and node.domain not in function_domains and node.domain != "ai.onnx":
             problems.append(f"{where}: domain {node.domain!r} is not imported")
-        for value in node.inputs:
-            if value is not None and value not in defined and value not in outer:
-                problems.append(f"{where} reads {value.name}, which is not defined before it")
+        for read in node.inputs:
+            if read is not None and read not in defined and read not in outer:
+                problems.append(f"{where} reads {read.name}, which is not defined before it")
         for attr in node.attributes.values():
             inner = _graphs(attr)
             if inner:
