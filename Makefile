@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n auto
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -q -c constraints.txt $(PIP_FLAGS)
 BENCHMARKS := $(patsubst benchmarks/%.py,bench-%,$(shell grep -l -e '"--json"' benchmarks/*.py 2>/dev/null))
