@@ -166,7 +166,7 @@ class OptimizedModule(Optimized):
         """Run it, as the module's `forward` would."""
         captured, compiled = self._program(args, kwargs)
         outputs = compiled.runner.run(captured.flatten(args, kwargs))
-        return captured.unflatten([_tensor(output) for output in outputs])
+        return captured.unflatten([_tensor(output) for output in outputs], args, kwargs)
 
     def _program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CapturedModule, Compiled]:
         """The compiled graph that covers this call, most recently used first."""

@@ -52,7 +52,7 @@ def vit() -> torch.nn.Module:
 
 CASES: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "bert": (bert, [padded(1, 7), padded(2, 5), padded(3, 11)]),
-    "gpt2": (gpt2, [{"input_ids": ids(1, 7)}, {"input_ids": ids(2, 5)}, {"input_ids": ids(1, 1)}]),
+    "gpt2": (gpt2, [padded(1, 7), padded(2, 5), padded(3, 11)]),
     "llama": (llama, [{"input_ids": ids(1, 7)}, padded(2, 5) | {"attention_mask": None}, {"input_ids": ids(3, 1)}]),
     "vit": (vit, [{"pixel_values": torch.randn(batch, 3, 16, 16)} for batch in (1, 2, 5)]),
 }
@@ -66,6 +66,7 @@ def test_one_capture_takes_every_batch_and_length(name: str) -> None:
     captured = capture_torch(model, (), calls[0], dynamic="auto")
     first = captured.dynamic_dims[captured.input_names[0]]
     assert first == ({0: "batch"} if name == "vit" else {0: "batch", 1: "sequence"})
+    assert set(captured.dim_ranges) <= {"batch", "sequence"}
     for kwargs in calls:
         assert captured.accepts((), kwargs), captured.refuses((), kwargs)
         with torch.no_grad():
@@ -82,6 +83,8 @@ def test_a_decoder_goes_on_from_its_cache() -> None:
     assert captured.input_names[1:] == ("past_key_values.layers_0.keys", "past_key_values.layers_0.values")
     for cache in past.values():
         kwargs = {"input_ids": ids(2, 1), "past_key_values": copy.deepcopy(cache)}
-        actual = call(captured, (), kwargs)
+        given = copy.deepcopy(kwargs)
+        actual = call(captured, (), given)
         with torch.no_grad():
             assert_same(actual, model(**kwargs))
+        assert actual.past_key_values is given["past_key_values"], "the cache that was given is the one that grows"

@@ -21,7 +21,7 @@ def call(captured: CapturedModule, args: Sequence[Any] = (), kwargs: Mapping[str
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(ir.to_proto(captured.model).SerializeToString(), options)
     feeds = {name: tensor.numpy() for name, tensor in captured.flatten(args, kwargs).items()}
-    return captured.unflatten([torch.from_numpy(array) for array in session.run(None, feeds)])
+    return captured.unflatten([torch.from_numpy(array) for array in session.run(None, feeds)], args, kwargs)
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:

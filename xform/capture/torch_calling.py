@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from xform.capture.torch_pytree import PLAIN, flatten, path_name, register_classes, unflatten
+from xform.capture.torch_pytree import PLAIN, caches, flatten, path_name, register_classes, unflatten, write_back
 from xform.errors import UsageError
 
 _OMITTED = (bool, int, float, str, type(None))
@@ -159,6 +159,7 @@ class Results:
         names: Name per graph output.
         integers: Graph outputs that are a Python int in the original's result (a size, say).
         complex: Graph outputs that are complex in the original's result; the graph gives a last dim of 2.
+        written: Caches in the result that are caches among the arguments, by index in each: forward writes into them.
     """
 
     spec: pytree.TreeSpec
@@ -167,10 +168,15 @@ class Results:
     names: list[str]
     integers: frozenset[int]
     complex: frozenset[int]
+    written: dict[int, int]
 
     @staticmethod
-    def of(result: Any) -> tuple[list[Any], Results]:
+    def of(result: Any, arguments: Any = None) -> tuple[list[Any], Results]:
         """Take a result apart into the distinct leaves that depend on inputs, and how to put it together again.
+
+        Args:
+            result: What the module returned.
+            arguments: What it was called with.
 
         Raises:
             UsageError: A leaf is neither a tensor nor a plain value.
@@ -204,9 +210,15 @@ class Results:
                 elif leaf.is_complex():
                     complexes.add(index)
             sources.append(index)
-        return tensors, Results(
-            spec, sources, constants, unique_names(names), frozenset(integers), frozenset(complexes)
-        )
+        given = caches(arguments)
+        written = {
+            place: index
+            for place, cache in enumerate(caches(result))
+            for index, argument in enumerate(given)
+            if argument is cache
+        }
+        kinds = (frozenset(integers), frozenset(complexes))
+        return tensors, Results(spec, sources, constants, unique_names(names), *kinds, written)
 
     def leaves(self, result: Any) -> list[Any]:
         """What each graph output stands for in a result of the module."""
@@ -217,8 +229,12 @@ class Results:
                 chosen.setdefault(source, leaf)
         return [chosen[index] for index in range(len(self.names))]
 
-    def build(self, outputs: Sequence[torch.Tensor]) -> Any:
+    def build(self, outputs: Sequence[torch.Tensor], arguments: Any = None) -> Any:
         """The result in the module's own structure and classes from the graph's outputs.
+
+        Args:
+            outputs: One tensor per graph output, in order.
+            arguments: What the call was made with; caches that forward writes into are written and returned.
 
         Raises:
             UsageError: Not one tensor for every graph output.
@@ -237,4 +253,6 @@ class Results:
             constant if source is None else values[source]
             for source, constant in zip(self.sources, self.constants, strict=True)
         ]
-        return unflatten(leaves, self.spec)
+        result = unflatten(leaves, self.spec)
+        given = caches(arguments)
+        return write_back(result, {place: given[index] for place, index in self.written.items()}) if given else result

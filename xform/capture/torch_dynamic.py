@@ -154,19 +154,20 @@ def _name_symbols(
     names: Sequence[str], tensors: Sequence[torch.Tensor], requests: Mapping[str, Mapping[int, DimRequest | None]]
 ) -> dict[str, str]:
     symbols: dict[str, str] = {}
-    batch: int | None = None
+    found: dict[tuple[str, int], str] = {}
     for name, tensor in zip(names, tensors, strict=True):
         for axis, size in enumerate(tensor.shape):
             symbol = size.node.expr if isinstance(size, torch.SymInt) else None
             if not isinstance(symbol, sympy.Symbol) or str(symbol) in symbols:
                 continue
             request = requests.get(name, {}).get(axis)
-            if request is None and axis == 0 and batch in (None, size.node.hint):  # type: ignore[attr-defined]
-                # Where torch found no reason for two batches to be equal, being equal in the example is reason enough.
-                batch, symbols[str(symbol)] = size.node.hint, "batch"  # type: ignore[attr-defined]
-                continue
             wanted = request.name if request is not None else _symbol_name(name, axis, tensor.ndim)
-            symbols[str(symbol)] = unique_names([wanted], list(symbols.values()))[0]
+            # Where torch found no reason for two sizes (a mask's and its ids') to be equal, being equal in the example
+            # is reason enough: a call where they differ is captured anew.
+            key = (wanted, int(size.node.hint))  # type: ignore[attr-defined]
+            if request is not None or key not in found:
+                found[key] = unique_names([wanted], list(symbols.values()))[0]
+            symbols[str(symbol)] = found[key]
     return symbols
 
 

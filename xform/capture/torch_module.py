@@ -68,13 +68,23 @@ class CapturedModule:
             )
         return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in arguments.tensors.items()}
 
-    def unflatten(self, outputs: Sequence[torch.Tensor]) -> Any:
+    def unflatten(
+        self, outputs: Sequence[torch.Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         """The module's result, in its own classes, from the graph's outputs in order.
+
+        Args:
+            outputs: One tensor per graph output.
+            args: The positional arguments of the call, where they may hold key/value caches. Modules write into the
+                caches that they are given and return them; with the arguments at hand so does this, without them the
+                result holds new caches.
+            kwargs: The keyword arguments of the call.
 
         Raises:
             UsageError: Not one tensor for every graph output.
         """
-        return self._results.build(outputs)
+        bound = self._signature.bind(args, kwargs or {}) if args or kwargs else None
+        return self._results.build(outputs, bound)
 
     def call_form(self, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`args` and `kwargs` of a call of the module with these graph inputs: the inverse of `flatten`.

@@ -48,8 +48,9 @@ class FlatModule(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Call the module with these tensors in the places of the example's, and remember the result's structure."""
-        args, kwargs = self._signature.call_form(self._arguments.tree(tensors))
-        outputs, self._last.results = Results.of(self.module(*args, **kwargs))
+        arguments = self._arguments.tree(tensors)
+        args, kwargs = self._signature.call_form(arguments)
+        outputs, self._last.results = Results.of(self.module(*args, **kwargs), arguments)
         return tuple(outputs)
 
 

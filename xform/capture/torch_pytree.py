@@ -8,7 +8,7 @@ its attributes, those that can hold tensors as children and the rest as context.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,23 @@ class _State:
 
 def _is_cache(cls: type) -> bool:
     return any(base.__module__ == _CACHE_MODULE for base in cls.__mro__)
+
+
+def caches(tree: Any) -> list[Any]:
+    """The outermost caches in a tree, in order."""
+    leaves = pytree.tree_leaves(tree, is_leaf=lambda value: _is_cache(type(value)))
+    return [leaf for leaf in leaves if _is_cache(type(leaf))]
+
+
+def write_back(tree: Any, targets: Mapping[int, Any]) -> Any:
+    """The tree with some of its outermost caches, by index, written into other objects that take their places."""
+    leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda value: _is_cache(type(value)))
+    places = [place for place, leaf in enumerate(leaves) if _is_cache(type(leaf))]
+    for index, target in targets.items():
+        target.__dict__.clear()
+        target.__dict__.update(leaves[places[index]].__dict__)
+        leaves[places[index]] = target
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def _can_hold_tensors(value: object) -> bool:
