@@ -10,6 +10,9 @@ has 8 GB of memory: a mutant that asks for more must get an error, not the syste
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import io
 import json
 import os
 import re
@@ -128,9 +131,7 @@ def fuzz(
     """
     from mutate import mutate
 
-    import xform.api
-    import xform.cli  # noqa: F401
-
+    _warm_up()
     outcomes: list[Outcome] = []
     waiting, running = list(reversed(numbers)), {}
     with tempfile.TemporaryDirectory(prefix="xform-fuzz-") as folder:
@@ -157,6 +158,18 @@ def fuzz(
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.005)
     return outcomes
+
+
+def _warm_up() -> None:
+    """Import here, once, what every forked process would import; no session of the runtime, whose threads would not
+    survive a fork."""
+    import xform.api
+    import xform.cli
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        xform.cli.main(["optimize", "no-such-file.onnx", "--json"])
+    gc.collect()
+    gc.freeze()
 
 
 def _tell(outcome: Outcome, done: int, total: int) -> None:
@@ -190,6 +203,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON line on stdout")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suite", type=int, default=60, help="seeds from ONNX's backend suite")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of single mutants")
     parser.add_argument("--keep", type=Path, help="folder for the mutants that did not end well")
@@ -197,7 +211,9 @@ def main() -> int:
     from fuzz_seeds import seeds
 
     numbers = arguments.only if arguments.only else list(range(arguments.count))
-    outcomes = fuzz(list(seeds().values()), numbers, arguments.seed, jobs=arguments.jobs, keep=arguments.keep)
+    outcomes = fuzz(
+        list(seeds(arguments.suite).values()), numbers, arguments.seed, jobs=arguments.jobs, keep=arguments.keep
+    )
     document = summary(outcomes)
     print(json.dumps(document) if arguments.json else json.dumps(document, indent=2))
     return 0 if document["ok"] == document["files"] else 1
