@@ -164,6 +164,8 @@ def test_cast_chains(source: str, middle: int, to: int, kept: int) -> None:
         (DYNAMIC, "h = Transpose<perm=[1,2,0]>(x) i = Transpose<perm=[2,0,1]>(h) y = Relu(i)", ["Relu"], {}),
         (DYNAMIC, "h = Transpose<perm=[1,2,0]>(x) i = Transpose<perm=[1,2,0]>(h) y = Relu(i)",
          ["Transpose", "Relu"], {}),
+        (DYNAMIC, "h = Transpose<perm=[1,0,2]>(x) i = Transpose<perm=[0,2,1]>(h) y = Relu(i)",
+         ["Transpose", "Relu"], {}),
         (DYNAMIC, "h = Transpose(x) i = Transpose(h) y = Relu(i)", ["Relu"], {}),
         (XT, "h = Reshape(x, t) y = Relu(h)", ["Relu"], {"t": np.array([2, -1, 4])}),
         (DYNAMIC, "h = Reshape(x, t) y = Relu(h)", ["Relu"], {"t": np.array([0, 0, 4])}),

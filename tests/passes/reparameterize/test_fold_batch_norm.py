@@ -191,6 +191,43 @@ def test_tokens_flattened_into_the_batch() -> None:
     assert ops(m) == ["MatMul", "Add", "Reshape", "Reshape"]
 
 
+def test_channels_last_before_and_after() -> None:
+    """The permutations between channels last and channels first are not their own inverses."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["c"]),
+        helper.make_node("Transpose", ["c"], ["d"], perm=[0, 3, 1, 2]),
+        norm("d", "y"),
+    ]
+    m = model(nodes, {"x": [2, 3, 6, 4]}, {"w": rng_array(4, 5), **stats(5)})
+    folded(m, {"x": rng_array(2, 3, 6, 4)})
+    assert ops(m) == ["MatMul", "Add", "Transpose"]
+    nodes = [
+        norm("x", "n"),
+        helper.make_node("Transpose", ["n"], ["d"], perm=[0, 2, 3, 1]),
+        helper.make_node("MatMul", ["d", "w"], ["y"]),
+    ]
+    m = model(nodes, {"x": [2, 4, 3, 6]}, {"w": rng_array(4, 5), **stats(4)})
+    folded(m, {"x": rng_array(2, 4, 3, 6)})
+    assert ops(m) == ["Transpose", "MatMul", "Add"]
+
+
+@pytest.mark.parametrize("arithmetic", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("constant_first", [False, True])
+def test_arithmetic_per_channel_is_folded_along(arithmetic: str, constant_first: bool) -> None:
+    """On both sides of the map; a constant divided by x is no affine map and stays."""
+    operands = ["k", "{}"] if constant_first else ["{}", "k"]
+    linear = not (arithmetic == "Div" and constant_first)
+    constants = {"w": rng_array(4, 4, 2, 2), "k": 0.5 + np.abs(rng_array(4, 1, 1, seed=9)), **stats(4)}
+    before = helper.make_node(arithmetic, [o.format("c") for o in operands], ["d"])
+    m = model([_conv("x", "c"), before, norm("d", "y")], IMAGE, constants)
+    folded(m, {"x": rng_array(1, 4, 5, 5)}, count=int(linear))
+    assert (ops(m) == ["Conv"]) == linear
+    after = helper.make_node(arithmetic, [o.format("n") for o in operands], ["d"])
+    m = model([norm("x", "n"), after, _conv("d", "y")], IMAGE, constants)
+    folded(m, {"x": rng_array(1, 4, 5, 5)}, count=int(linear))
+    assert (ops(m) == ["Conv"]) == linear
+
+
 def test_two_norms_in_a_row_fold_both() -> None:
     nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), norm("c", "d"), norm("d", "y", prefix="t")]
     constants = {"w": rng_array(4, 3, 3, 3), **stats(4), **{f"t{k}": v for k, v in stats(4, 7).items()}}
@@ -286,7 +323,10 @@ LEFT_ALONE = {
         [norm("x", "n"), helper.make_node("ConvTranspose", ["n", "w"], ["y"], strides=[2, 2])],
         "spreads a shift unevenly",
     ),
-    "relu before": ([_conv("x", "c"), helper.make_node("Relu", ["c"], ["d"]), norm("d", "y")], "Relu is no linear map with a weight"),
+    "relu before": (
+        [_conv("x", "c"), helper.make_node("Relu", ["c"], ["d"]), norm("d", "y")],
+        "Relu is no linear map with a weight",
+    ),
     "training": ([_conv("x", "c"), norm("c", "y", training_mode=1)], "training mode"),
     "read twice": (
         [_conv("x", "c"), norm("c", "d"), helper.make_node("Add", ["c", "d"], ["y"])],
