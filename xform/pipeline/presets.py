@@ -20,6 +20,8 @@ EXACT: tuple[str, ...] = (
     "fold_constants",  # what shape arithmetic made constant, and the shapes that depend on it
     "infer_shapes",
     "eliminate_no_ops",
+    "deduplicate_initializers",
+    "eliminate_common_subexpressions",  # exporters compute the mean of a LayerNorm twice; patterns want it once
     "remove_dead_code",
     # every spelling to the semantic operator, from the small ones to attention, which is spelled with them
     "raise_linear",
