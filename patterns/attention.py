@@ -22,6 +22,8 @@ from xform.patterns.attention_operands import Operand, peel, product_operands, w
 from xform.rewrite.rule import Failure
 
 LONGEST_SHAPE_CHAIN = 64
+LONGEST_MIX = 10
+_MIXERS = ("MatMul", "Add", "Mul", "Conv", "Gemm", "BatchNormalization")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,27 @@ def recognize(node: ir.Node) -> Core | Failure | None:
         chain = _weights(weights)
         if chain is not None:
             return _core(node, chain, values, out_perm)
+    return _mixed_heads(node)
+
+
+def _mixed_heads(node: ir.Node) -> Failure | None:
+    """A near miss: constant linear operators between the softmax and the product (talking heads)."""
+    value, other = node.inputs[:2]
+    if is_constant(other):
+        return None
+    mixer: ir.Node | None = None
+    for _ in range(LONGEST_MIX):
+        below = value.producer() if value is not None else None
+        if below is None:
+            return None
+        if is_op(below, "Softmax"):
+            reason = f"{display_name(mixer)} mixes the weights after the softmax" if mixer is not None else ""
+            return Failure(reason, (mixer, below)) if mixer is not None else None
+        inputs = [v for v in below.inputs if v is not None and not is_constant(v)]
+        if not is_op(below, *_MIXERS, "Transpose", "Reshape") or len(inputs) != 1:
+            return None
+        mixer = below if is_op(below, *_MIXERS) else mixer
+        value = inputs[0]
     return None
 
 

@@ -133,6 +133,8 @@ def choose(core: Core) -> Layout | Failure:
     steps = [s for s in core.logits.steps if isinstance(s, AddMask | Fill)]
     views = [s.view for s in steps if s.view is not None]
     views += [core.logits.view] if core.logits.view is not None else []
+    if core.logits.factors and rank != 4:
+        return Failure(f"a factor that is no number on logits of rank {rank}", (core.logits.product,))
     if rank not in (2, 3, 4, 5):
         return Failure(f"queries of rank {rank}", (core.logits.product,))
     if any(v[:-2] != views[0][:-2] for v in views):

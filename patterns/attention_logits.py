@@ -61,6 +61,7 @@ class Logits:
         swapped: Whether the product is keys times queries, transposed afterwards.
         scale: Factor on the product, before the soft cap.
         softcap: Bound of the soft cap; 0 for none.
+        factors: Factors on the product that are tensors, the same for all keys: [.., S or 1, 1].
         steps: Masks and later factors, from the product outwards.
         view: Shape in which the softmax sees the logits where it is not the product's own.
         unviewed: Shape that the view was taken of.
@@ -74,6 +75,7 @@ class Logits:
     swapped: bool = False
     scale: float = 1.0
     softcap: float = 0.0
+    factors: tuple[ir.Value, ...] = ()
     steps: tuple[Step, ...] = ()
     view: tuple[Dim, ...] | None = None
     widened: ir.DataType | None = None
@@ -123,7 +125,22 @@ def _scale(node: ir.Node, walk: _Walk) -> Logits | Failure:
         return _scaled(node, walk, first, 1.0 / factor if node.op_type == "Div" and factor else factor)
     if node.op_type == "Mul" and (factor := scalar(first)) is not None:
         return _scaled(node, walk, second, factor)
-    return Failure(f"the factor of {display_name(node)} is not one constant number", (node,))
+    return _tensor_factor(node, walk, first, second)
+
+
+def _tensor_factor(node: ir.Node, walk: _Walk, first: ir.Value, second: ir.Value) -> Logits | Failure:
+    """Mul by a tensor that is the same for all keys, such as a learned temperature per head."""
+    failure = Failure(f"the factor of {display_name(node)} is not one constant number", (node,))
+    for value, factor in ((first, second), (second, first)):
+        shape = shape_of(factor)
+        if node.op_type != "Mul" or not shape or shape[-1] != 1 or not _covers(value, factor):
+            continue
+        inner = walk(value)
+        if isinstance(inner, Logits) and not (inner.steps or inner.softcap or inner.view or inner.swapped):
+            if inner.widened is not None:
+                return _late(node)
+            return replace(inner.through(node), factors=(*inner.factors, factor))
+    return failure
 
 
 def _scaled(node: ir.Node, walk: _Walk, value: ir.Value, factor: float) -> Logits | Failure:
@@ -231,7 +248,8 @@ def _transpose(node: ir.Node, walk: _Walk) -> Logits | Failure:
         return inner
     rank = rank_of(node.outputs[0]) or 0
     perm = list(attribute(node, "perm", range(rank)[::-1]))
-    if perm[-2:] != [rank - 1, rank - 2] or perm[:-2] != list(range(rank - 2)) or inner.steps or inner.view:
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    if perm != swap or inner.steps or inner.view or inner.factors:
         return Failure(f"{display_name(node)} transposes the logits", (node,))
     return replace(inner.through(node), swapped=not inner.swapped)
 

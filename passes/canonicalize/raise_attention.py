@@ -75,6 +75,8 @@ class Product(Rule):
         core: Core = match.data["core"]
         layout: Layout = match.data["layout"]
         q, k, v = _one_batch(build, [layout.lift(build, g) for g in (core.queries, core.keys, core.values)])
+        for factor in core.logits.factors:
+            q = build.op("Mul", q, factor)
         dtype = core.queries.value.dtype
         assert dtype is not None
         mask = build_mask(build, core.logits, layout, q, k, dtype)

@@ -123,6 +123,43 @@ def test_einsum(spelling: str) -> None:
     assert "Einsum" not in ops(model)
 
 
+def test_temperature_after_a_scale() -> None:
+    body = f"{KT} m = MatMul(q, kt) s = Mul(m, c) l = Mul(s, heat) {P_V}"
+    text = graph(body, extra=f", float[{H},1,1] heat")
+    model, _ = rewritten(text, NUMBERS, FEEDS | {"heat": floats(H, 1, 1)}, RaiseAttention())
+    assert ops(model) == ["Mul", "Attention"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_temperature_per_head(first: bool) -> None:
+    """A tensor factor that is the same for all keys goes to the queries."""
+    body = f"{KT} m = MatMul(q, kt) t = Mul({'heat, m' if first else 'm, heat'}) l = Mul(t, c) {P_V}"
+    feeds = FEEDS | {"heat": floats(H, 1, 1)}
+    model, _ = rewritten(graph(body, extra=f", float[{H},1,1] heat"), NUMBERS, feeds, RaiseAttention())
+    assert ops(model) == ["Mul", "Attention"]
+    assert attribute(model.graph[-1], "scale") == pytest.approx(0.3)
+
+
+def test_temperature_per_key_stays() -> None:
+    body = f"{KT} m = MatMul(q, kt) l = Mul(m, heat) {P_V}"
+    feeds = FEEDS | {"heat": floats(T)}
+    model, remarks = rewritten(
+        graph(body, extra=f", float[{T}] heat").replace("T,", f"{T},"), NUMBERS, feeds, RaiseAttention()
+    )
+    assert "Attention" not in ops(model)
+    assert "not one constant number" in missed(remarks)[0]
+
+
+def test_mixed_heads_are_a_near_miss() -> None:
+    """Talking heads: a linear layer over the heads between the softmax and the second product."""
+    body = f"""{KT} l = MatMul(q, kt) p = Softmax <axis = -1> (l) a = Transpose <perm = [0, 2, 3, 1]> (p)
+        b = MatMul(a, mix) d = Transpose <perm = [0, 3, 1, 2]> (b) out = MatMul(d, v)"""
+    numbers = NUMBERS | {"mix": floats(H, H)}
+    model, remarks = rewritten(graph(body, extra=f", float[{H},{H}] mix"), numbers, FEEDS, RaiseAttention())
+    assert "Attention" not in ops(model)
+    assert "mixes the weights after the softmax" in missed(remarks)[0]
+
+
 def test_soft_cap() -> None:
     body = f"{KT} m = MatMul(q, kt)  s = Mul(m, c)  d = Div(s, cap)  t = Tanh(d)  l = Mul(t, cap) {P_V}"
     model, _ = rewritten(graph(body), NUMBERS, FEEDS, RaiseAttention())
