@@ -220,6 +220,22 @@ class Results:
         kinds = (frozenset(integers), frozenset(complexes))
         return tensors, Results(spec, sources, constants, unique_names(names), *kinds, written)
 
+    def settled(self, values: Mapping[int, Any]) -> Results:
+        """The same with these outputs, by index, settled as constants: the export found that they do not vary."""
+        kept = [index for index in range(len(self.names)) if index not in values]
+        renumbered = {old: new for new, old in enumerate(kept)}
+        return dataclasses.replace(
+            self,
+            sources=[renumbered.get(source) if source is not None else None for source in self.sources],
+            constants=[
+                values.get(source, constant) if source is not None else constant
+                for source, constant in zip(self.sources, self.constants, strict=True)
+            ],
+            names=[self.names[index] for index in kept],
+            integers=frozenset(renumbered[index] for index in self.integers if index in renumbered),
+            complex=frozenset(renumbered[index] for index in self.complex if index in renumbered),
+        )
+
     def leaves(self, result: Any) -> list[Any]:
         """What each graph output stands for in a result of the module."""
         leaves, _ = flatten(result)

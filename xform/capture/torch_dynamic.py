@@ -25,6 +25,13 @@ class DimRequest:
     name: str
     low: int | None = None
     high: int | None = None
+    times: int = 1
+    plus: int = 0
+
+    @property
+    def derived(self) -> bool:
+        """Whether the size is not the named one itself but `times * size + plus`."""
+        return (self.times, self.plus) != (1, 0)
 
 
 def parse(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, DimRequest | None]]:
@@ -97,14 +104,13 @@ def attempts(
     """Example inputs and dynamic dims to export with, the most general first.
 
     torch.export takes the sizes 0 and 1 of an example for constants, because broadcasting depends on them. So where a
-    dim is to be dynamic, examples of size 1 are doubled: the batch, and the length of a sequence of ids or masks.
+    dim is to be dynamic, examples of size 1 are doubled: the batch, and the length of a sequence.
     """
     example = dict(inputs)
     if not requests:
         return [(example, {})]
     batched = _widen(inputs, 0, [name for name, axes in requests.items() if 0 in axes])
-    ids = [name for name in requests if inputs[name].ndim == 2 and not inputs[name].is_floating_point()]
-    lengthened = _widen(batched, 1, ids)
+    lengthened = _widen(batched, 1, [name for name in requests if inputs[name].ndim in (2, 3) and 1 in requests[name]])
     if dynamic != "auto":
         return [(lengthened, requests), (batched, requests), (example, requests)]
     batch_only = {name: {0: axes[0]} for name, axes in requests.items() if 0 in axes}
@@ -127,7 +133,7 @@ def export_shapes(
                 # torch.export reasons from size 2 on; smaller sizes stay allowed by leaving the lower end open.
                 low = None if request.low is None or request.low < 2 else request.low
                 dims[request.name] = Dim(request.name, min=low, max=request.high)
-            shape[axis] = dims[request.name]
+            shape[axis] = request.times * dims[request.name] + request.plus if request.derived else dims[request.name]
         shapes.append(shape)
     return tuple(shapes)
 
@@ -181,26 +187,39 @@ def input_values(program: ExportedProgram) -> list[torch.Tensor]:
 def dims_of(program: ExportedProgram, names: Sequence[str]) -> dict[str, dict[int, DimRequest | None]]:
     """The dynamic dims that an exported program has, as requests for its inputs of these names.
 
-    torch does not keep what the user called them. A dim that is an expression of others is left to be found.
+    torch does not keep what the user called them, so they are named as found ones are.
     """
+    dims: list[tuple[str, int, int, sympy.Expr]] = [
+        (name, axis, value.ndim, size.node.expr)  # type: ignore[attr-defined]
+        for name, value in zip(names, input_values(program), strict=True)
+        for axis, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_Integer
+    ]
+    known: dict[sympy.Symbol, DimRequest] = {}
+    for name, axis, rank, size in dims:
+        if isinstance(size, sympy.Symbol) and size not in known:
+            label = unique_names([_symbol_name(name, axis, rank)], [request.name for request in known.values()])[0]
+            known[size] = DimRequest(label, *_limits(program, size))
     requests: dict[str, dict[int, DimRequest | None]] = {}
-    known: dict[str, DimRequest] = {}
-    for name, value in zip(names, input_values(program), strict=True):
-        axes: dict[int, DimRequest | None] = {}
-        for axis, size in enumerate(value.shape):
-            if not isinstance(size, torch.SymInt):
-                continue
-            symbol = size.node.expr
-            if isinstance(symbol, sympy.Symbol) and str(symbol) not in known:
-                taken = [request.name for request in known.values()]
-                label = unique_names([_symbol_name(name, axis, value.ndim)], taken)[0]
-                limits = program.range_constraints[symbol]
-                low = int(limits.lower) if limits.lower > 2 else None
-                known[str(symbol)] = DimRequest(label, low, int(limits.upper) if limits.upper.is_Integer else None)
-            axes[axis] = known.get(str(symbol))
-        if axes:
-            requests[name] = axes
+    for name, axis, _, size in dims:
+        requests.setdefault(name, {})[axis] = _multiple(size, known)
     return requests
+
+
+def _limits(program: ExportedProgram, symbol: sympy.Symbol) -> tuple[int | None, int | None]:
+    limits = program.range_constraints[symbol]
+    low = int(limits.lower) if limits.lower > 2 else None
+    return low, int(limits.upper) if limits.upper.is_Integer else None
+
+
+def _multiple(size: sympy.Expr, known: Mapping[sympy.Symbol, DimRequest]) -> DimRequest | None:
+    """The request for a size `a * symbol + b`; None, to be found, for any other expression."""
+    for symbol, request in known.items():
+        factor = sympy.diff(size, symbol)
+        rest = sympy.expand(size - factor * symbol)
+        if factor.is_Integer and factor > 0 and rest.is_Integer:
+            return dataclasses.replace(request, times=int(factor), plus=int(rest))
+    return None
 
 
 def _symbol_name(name: str, axis: int, rank: int) -> str:
@@ -216,6 +235,8 @@ def _renamed(size: int | torch.SymInt, renaming: Mapping[sympy.Symbol, sympy.Sym
         return size
     by_name = {str(old): new for old, new in renaming.items()}
     expression = size.node.expr
+    if expression.is_Integer:
+        return int(expression)
     return expression.subs({symbol: by_name.get(str(symbol), symbol) for symbol in expression.free_symbols})
 
 
@@ -224,7 +245,7 @@ def _ranges(
     symbols: Mapping[str, str],
     requests: Mapping[str, Mapping[int, DimRequest | None]],
 ) -> dict[str, tuple[int, int | None]]:
-    asked = {r.name: r for dims in requests.values() for r in dims.values() if r is not None}
+    asked = {r.name: r for dims in requests.values() for r in dims.values() if r is not None and not r.derived}
     ranges: dict[str, tuple[int, int | None]] = {}
     for symbol, limits in program.range_constraints.items():
         name = symbols.get(str(symbol))

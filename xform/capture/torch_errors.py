@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +17,8 @@ from xform.errors import CaptureError
 _MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _MACHINERY_NAMES = ("<string>", "<frozen", "<eval_with_key>", "onnxscript", "onnx_ir", "contextlib.py")
 _TRACE_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+_INPUT = re.compile(r"L\['tensors'\]\[(\d+)\]")
 
 _HINTS: tuple[tuple[str, str], ...] = (
     (
@@ -114,10 +116,17 @@ def first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def capture_error(what: str, error: BaseException) -> CaptureError:
-    """A CaptureError that says what failed, at which line of the user's model, and what to try."""
+def capture_error(what: str, error: BaseException, inputs: Sequence[str] = ()) -> CaptureError:
+    """A CaptureError that says what failed, at which line of the user's model, and what to try.
+
+    Args:
+        what: What failed.
+        error: Why.
+        inputs: Names of the inputs, which torch knows by number only.
+    """
     cause = first_cause(error)
     reason = str(cause).strip().split("\n\n")[0].strip() or type(cause).__name__
+    reason = _INPUT.sub(lambda m: inputs[int(m[1])] if int(m[1]) < len(inputs) else m[0], reason)
     text = f"{type(cause).__name__}: {reason}"
     full = f"{type(cause).__name__} {cause}"
     hint = next((advice for pattern, advice in _HINTS if re.search(pattern, full)), None)

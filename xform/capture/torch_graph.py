@@ -91,6 +91,8 @@ def _rename_symbols(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
             continue
         dims = [dim if isinstance(dim, int) or dim.value is None else rename(dim.value) for dim in value.shape]
         if any(isinstance(dim, str) for dim in dims):
+            # A size that was symbolic until the export fixed it is spelled as a number.
+            dims = [int(dim) if isinstance(dim, str) and dim.isdigit() else dim for dim in dims]
             value.shape = ir.Shape([None if isinstance(dim, ir.SymbolicDim) else dim for dim in dims])
 
 

@@ -12,13 +12,14 @@ import torch
 from torch.export import ExportedProgram
 
 from xform.capture import torch_dynamic
+from xform.capture.onnx_file import notes
 from xform.capture.torch_calling import Arguments, Results, Signature
 from xform.capture.torch_dynamic import DimRequest, Dynamic, Sizes
 from xform.capture.torch_errors import capture_error
 from xform.capture.torch_graph import canonical_container
 from xform.capture.torch_normalize import normalize
 from xform.capture.torch_onnx import translate
-from xform.capture.torch_program import FlatModule, evaluating, export
+from xform.capture.torch_program import FlatModule, constant_outputs, evaluating, export
 from xform.errors import CaptureError, UsageError
 
 Source = torch.nn.Module | ExportedProgram
@@ -204,23 +205,49 @@ def _capture(
     requests: dict[str, dict[int, DimRequest | None]],
     dynamic: Dynamic,
 ) -> CapturedModule:
+    name = type(module).__name__
     attempts = torch_dynamic.attempts(arguments.tensors, requests, dynamic)
-    for number, (tensors, tried) in enumerate(attempts, start=1):
-        flat = FlatModule(module, signature, arguments)
+    failures: list[CaptureError] = []
+    for tensors, tried in attempts:
         try:
-            program = export(flat, tensors, torch_dynamic.export_shapes(tensors, tried))
-        except Exception as error:
-            if number < len(attempts):
-                continue
-            raise capture_error(f"torch.export cannot capture {type(module).__name__}", error) from error
-        sizes, symbols = torch_dynamic.sizes_of(program, list(arguments.tensors), tried)
-        try:
-            normalize(program)
-            model = translate(program)
-        except Exception as error:
-            raise capture_error(f"{type(module).__name__} cannot be translated", error) from error
-        results = flat.results
-        model = canonical_container(model, list(arguments.tensors), results.names, symbols)
-        outputs = tuple(value.name or "" for value in model.graph.outputs)
-        return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)
-    raise AssertionError("no attempt was made")
+            captured = _attempt(module, signature, arguments, tensors, tried)
+        except CaptureError as error:
+            failures.append(error)
+            continue
+        if failures and dynamic == "auto":
+            notes(captured.model).append(
+                f"not every dim of {name} that might be dynamic could be captured so: {failures[0].what}"
+            )
+        return captured
+    # The last attempt asks for least: what stops it is the module's own trouble.
+    raise failures[-1]
+
+
+def _attempt(
+    module: torch.nn.Module,
+    signature: Signature,
+    arguments: Arguments,
+    tensors: Mapping[str, torch.Tensor],
+    requests: Mapping[str, Mapping[int, DimRequest | None]],
+) -> CapturedModule:
+    """Export and translate with these example tensors and dynamic dims.
+
+    Raises:
+        CaptureError: Either failed.
+    """
+    name = type(module).__name__
+    flat = FlatModule(module, signature, arguments)
+    try:
+        program = export(flat, tensors, torch_dynamic.export_shapes(tensors, requests))
+    except Exception as error:
+        raise capture_error(f"torch.export cannot capture {name}", error, list(tensors)) from error
+    sizes, symbols = torch_dynamic.sizes_of(program, list(arguments.tensors), requests)
+    results = flat.results.settled(constant_outputs(program))
+    try:
+        normalize(program)
+        model = translate(program)
+    except Exception as error:
+        raise capture_error(f"{name} cannot be translated to ONNX", error, list(tensors)) from error
+    model = canonical_container(model, list(arguments.tensors), results.names, symbols)
+    outputs = tuple(value.name or "" for value in model.graph.outputs)
+    return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)

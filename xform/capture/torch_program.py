@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from xform.capture.torch_calling import Arguments, Results, Signature
 
@@ -85,28 +86,7 @@ def export(
         return torch.export.export(module, tuple(tensors.values()), dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def copy_program(program: ExportedProgram) -> ExportedProgram:
-    """The same program with a graph of its own; tensors are shared."""
-    graph_module = torch.fx.GraphModule(program.graph_module, _copy_graph(program.graph_module))
-    return ExportedProgram(
-        root=graph_module,
-        graph=graph_module.graph,
-        graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
-
-
-def _copy_graph(module: torch.fx.GraphModule) -> torch.fx.Graph:
-    graph = torch.fx.Graph()
-    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
-    result = graph.graph_copy(module.graph, mapping)
-    output = next(iter(reversed(module.graph.nodes)))
-    graph.output(result).meta = dict(output.meta)
-    for old, new in mapping.items():
-        new.name = old.name
-    return graph
+def constant_outputs(program: ExportedProgram) -> dict[int, Any]:
+    """Outputs of a program, by index, that are plain values: sizes that turned out to be fixed."""
+    specs = [s for s in program.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
+    return {i: s.arg.value for i, s in enumerate(specs) if isinstance(s.arg, ConstantArgument)}
