@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -164,9 +165,18 @@ class OptimizedModule(Optimized):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it, as the module's `forward` would."""
+        captured, compiled, feeds = self._bound(args, kwargs)
+        outputs = compiled.runner.run(feeds)
+        return captured.unflatten([_tensor(output) for output in outputs])
+
+    def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CapturedModule, Compiled, dict[str, Any]]:
+        """The graph for this call, and its inputs. The last used one is tried first, in one pass over the arguments."""
+        if self._programs:
+            captured, compiled = self._programs[0]
+            with contextlib.suppress(UsageError):  # another graph may take this call, or one has to be captured
+                return captured, compiled, captured.flatten(args, kwargs)
         captured, compiled = self._program(args, kwargs)
-        outputs = compiled.runner.run(captured.flatten(args, kwargs))
-        return captured.unflatten([_tensor(output) for output in outputs], args, kwargs)
+        return captured, compiled, captured.flatten(args, kwargs)
 
     def _program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[CapturedModule, Compiled]:
         """The compiled graph that covers this call, most recently used first."""
