@@ -1,0 +1,1 @@
+"""Many architectures with random weights, none downloaded: timm families and transformers types."""

@@ -76,6 +76,11 @@ def test_an_operator_of_torch_itself_is_kept() -> None:
     assert kept(model).op_type == "aten.special_bessel_j0.default"
 
 
+def test_an_operator_that_only_decomposes_into_refused_ones_is_kept() -> None:
+    model = capture_torch(Module(lambda x: torch.linalg.inv(x) + 1), (torch.randn(3, 3),)).model
+    assert kept(model).op_type == "aten.linalg_inv.default"
+
+
 def test_dynamic_sizes_stay_dynamic() -> None:
     module = Module(lambda x: torch.ops.xform_test.wave(x, 0.5, [1]))
     captured = capture_torch(module, (torch.randn(2, 3),), dynamic={"x": {0: "batch"}})

@@ -67,8 +67,10 @@ def translate(program: ExportedProgram) -> ir.Model:
 
 def _keep(program: ExportedProgram, refused: torch.fx.Node) -> bool:
     """Keep a refused operator as it is; where it came out of a decomposition, the operator that was decomposed."""
-    origin = refused.meta.get("original_aten")
-    return any(keep_operator(program, t) for t in (refused.target, origin) if isinstance(t, torch._ops.OpOverload))
+    sources = {source.name for source in refused.meta.get("from_node", ())}
+    origins = [node.target for node in program.graph.nodes if node.name in sources]
+    candidates = (refused.target, refused.meta.get("original_aten"), *origins)
+    return any(keep_operator(program, t) for t in candidates if isinstance(t, torch._ops.OpOverload))
 
 
 @functools.cache
