@@ -15,6 +15,7 @@ from torch_support import assert_same, call
 
 from xform.capture import capture_torch
 from xform.capture.onnx_file import notes
+from xform.capture.torch_program import evaluating
 from xform.errors import CaptureError, UsageError
 
 
@@ -74,6 +75,18 @@ def test_evaluation_mode_is_captured_and_training_flags_come_back() -> None:
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
     assert_same(call(captured, (image,)), eager(net.eval(), image))
+
+
+def test_padded_encoder_layers_are_captured_as_written() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    captured = capture_torch(encoder, (x,), {"src_key_padding_mask": padding})
+    assert torch.backends.mha.get_fastpath_enabled()
+    actual = call(captured, (x,), {"src_key_padding_mask": padding})
+    with evaluating(encoder):
+        assert_same(actual, encoder(x, src_key_padding_mask=padding))
+    assert_same(actual[~padding], eager(encoder, x, src_key_padding_mask=padding)[~padding])
 
 
 def test_names_of_inputs_outputs_and_parameters_are_the_modules() -> None:

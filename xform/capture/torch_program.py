@@ -60,14 +60,19 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every submodule's own training flag is put back afterwards.
 
     The flags are set one by one: `eval()` of some classes does more (it merges adapters into weights), or refuses.
+    torch's fused encoder layers are off inside: they give zeros at padded positions, where the layers as written, and
+    so what torch.export captures, give other values that nobody is meant to read.
     """
+    fused = torch.backends.mha.get_fastpath_enabled()
     flags = [(child, child.training) for child in module.modules()]
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for child, _ in flags:
             child.training = False
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for child, flag in flags:
             child.training = flag
 
