@@ -14,12 +14,7 @@ from xform.rewrite.passes import Pass
 EXACT: tuple[str, ...] = (
     # what every later pass may rely on: shapes, no identities, constants that are constants
     "infer_shapes",
-    "eliminate_identities",
-    "fold_constants",
-    "fold_shape_arithmetic",
-    "fold_constants",  # what shape arithmetic made constant, and the shapes that depend on it
-    "infer_shapes",
-    "eliminate_no_ops",
+    "propagate_constants",
     "deduplicate_initializers",
     "eliminate_common_subexpressions",  # exporters compute the mean of a LayerNorm twice; patterns want it once
     "remove_dead_code",
