@@ -139,14 +139,23 @@ def test_a_closed_pipe_is_no_error(mlp: Path) -> None:
 def test_interrupting_a_real_run_ends_with_130_and_leaves_nothing(mlp: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xform", "bench", str(mlp), str(mlp), "--rounds", "1000", "--json"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(), cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
     )
-    deadline = time.monotonic() + 120
-    while not psutil.Process(process.pid).children():  # it measures once its workers are there
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not psutil.Process(process.pid).children():  # it measures once its workers are there
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert json.loads(out)["exit_code"] == 130
     assert [path.name for path in tmp_path.iterdir()] == ["mlp.onnx"]
