@@ -332,9 +332,7 @@ def _dynamo(
         for dims in family.inputs.values()
     )
     # The wrapper takes its tensors through *tensors, so the shapes are given as one tuple for it.
-    program: Any = torch.export.export(
-        module, sample, dynamic_shapes=(shapes,) if dynamic else None, strict=False
-    )
+    program: Any = torch.export.export(module, sample, dynamic_shapes=(shapes,) if dynamic else None, strict=False)
     if decomposed:
         program = program.run_decompositions()
     torch.onnx.export(
