@@ -10,7 +10,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from xform.graph.check import Interface, check
-from xform.graph.clone import clone
 from xform.graph.shapes import infer_shapes
 from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import RemarkLog
@@ -68,13 +67,11 @@ def rewritten(
     """Parse, apply `passes`, and demand the same numbers before and after; re-running must change nothing."""
     model = parse(text, constants, opset)
     expected = run(model, feeds)
-    original = clone(model)
     remarks = apply(model, *passes)
     for got, want in zip(run(model, feeds), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
     again = PassContext()
     assert not any(one.run(model, again) for one in passes), "a second run changed the graph"
-    assert original is not model
     return model, remarks
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import onnx_ir as ir
 
 Predicate = Callable[[ir.Value], bool]
-Operand = "Pattern | float | int | None"
 
 # Operators whose inputs may stand in any order. Max, Min, Sum and Mean take any number of inputs.
 COMMUTATIVE = frozenset(
