@@ -1,0 +1,1 @@
+"""The torch backend: graphs as torch modules, with Triton kernels where a GPU is."""

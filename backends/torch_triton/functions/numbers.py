@@ -1,0 +1,57 @@
+"""Arithmetic that torch has no single function for."""
+
+from __future__ import annotations
+
+import torch
+
+
+def least(a: int, b: int) -> int:
+    """The smaller size; `torch.sym_min` keeps it symbolic while traced."""
+    return torch.sym_min(a, b)  # type: ignore[no-any-return]
+
+
+def greatest(a: int, b: int) -> int:
+    """The larger size."""
+    return torch.sym_max(a, b)  # type: ignore[no-any-return]
+
+
+def power(base: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Pow of two types, in the wider of both; a negative power of an integer is what its float power rounds to."""
+    if not base.is_floating_point() and not exponent.is_floating_point():
+        wide = torch.pow(base.to(torch.int64), exponent.to(torch.int64).clamp(min=0))
+        small = torch.pow(base.to(torch.float64), exponent.to(torch.float64)).trunc()
+        return torch.where(exponent >= 0, wide, small.nan_to_num(posinf=0, neginf=0).to(torch.int64))
+    wider = torch.promote_types(base.dtype, exponent.dtype)
+    if wider in (torch.float16, torch.bfloat16) and not (base.is_floating_point() and exponent.is_floating_point()):
+        wider = torch.float32
+    return torch.pow(base.to(wider), exponent.to(wider))
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A Cast of numbers to integers, cut toward zero and wrapped around, as C does through int64."""
+    if x.is_floating_point() and not dtype.is_floating_point and dtype is not torch.bool:
+        return x.to(torch.int64).to(dtype)
+    return x.to(dtype)
+
+
+def cast_float8(x: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
+    """A Cast to float8: beyond the range the largest number (`saturate`), else infinity or NaN."""
+    limits = torch.finfo(dtype)
+    wide = x.to(torch.float32)
+    if saturate:
+        fnuz = dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+        inside = wide.clamp(limits.min, limits.max)
+        finite = torch.where(torch.isinf(wide), torch.nan, inside) if False and fnuz else inside
+        return torch.where(torch.isnan(wide), wide, finite).to(dtype)
+    return wide.to(dtype)
+
+
+def thresholded(x: torch.Tensor, alpha: float) -> torch.Tensor:
+    """x where it exceeds alpha, else 0."""
+    return torch.where(x > alpha, x, torch.zeros_like(x))
+
+
+def shrink(x: torch.Tensor, lambd: float, bias: float) -> torch.Tensor:
+    """Shrink: x + bias below -lambd, x - bias above lambd, 0 between."""
+    zero = torch.zeros_like(x)
+    return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, zero)).to(x.dtype)

@@ -1,0 +1,82 @@
+"""Reductions that torch has no single function for. `axes` are sorted and not negative."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def prod(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Product."""
+    for axis in sorted(axes, reverse=True):
+        x = torch.prod(x, axis, keepdim=keepdims, dtype=x.dtype)
+    return x
+
+
+def l1(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Sum of absolute values."""
+    return x.abs().sum(tuple(axes), keepdim=keepdims, dtype=x.dtype)
+
+
+def l2(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Root of the sum of squares."""
+    wide = x if x.is_floating_point() else x.to(torch.float64)
+    return wide.square().sum(tuple(axes), keepdim=keepdims).sqrt().to(x.dtype)
+
+
+def log_sum(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Logarithm of the sum."""
+    return x.sum(tuple(axes), keepdim=keepdims).log().to(x.dtype)
+
+
+def sum_square(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Sum of squares."""
+    return x.square().sum(tuple(axes), keepdim=keepdims, dtype=x.dtype)
+
+
+def integer_sum(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Sum in the type of `x`; torch would widen it to int64."""
+    return x.to(torch.int64).sum(tuple(axes), keepdim=keepdims).to(x.dtype)
+
+
+def integer_mean(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Mean rounded toward zero."""
+    count = math.prod(x.shape[axis] for axis in axes)
+    total = x.to(torch.int64).sum(tuple(axes), keepdim=keepdims)
+    return torch.div(total, count, rounding_mode="trunc").to(x.dtype)
+
+
+def extreme(x: torch.Tensor, axes: Sequence[int], keepdims: bool, greatest: bool) -> torch.Tensor:
+    """Maximum or minimum of booleans, or of what may be empty: then the bound of the type."""
+    if x.dtype is torch.bool:
+        for axis in sorted(axes, reverse=True):
+            x = (torch.any if greatest else torch.all)(x, axis, keepdim=keepdims)
+        return x
+    if all(x.shape[axis] for axis in axes):
+        return (torch.amax if greatest else torch.amin)(x, tuple(axes), keepdim=keepdims)
+    shape = [1 if i in axes else size for i, size in enumerate(x.shape) if keepdims or i not in axes]
+    if x.is_floating_point():
+        return torch.full(shape, -math.inf if greatest else math.inf, dtype=x.dtype, device=x.device)
+    limits = torch.iinfo(x.dtype)
+    return torch.full(shape, limits.min if greatest else limits.max, dtype=x.dtype, device=x.device)
+
+
+def arg_extreme(x: torch.Tensor, axis: int, keepdims: bool, last: bool, greatest: bool) -> torch.Tensor:
+    """Place of the first (or `last`) maximum or minimum."""
+    function = torch.argmax if greatest else torch.argmin
+    if not last:
+        return function(x, axis, keepdim=keepdims)
+    return x.shape[axis] - 1 - function(x.flip(axis), axis, keepdim=keepdims)
+
+
+def cumulative(x: torch.Tensor, axis: int, exclusive: bool, reverse: bool, product: bool) -> torch.Tensor:
+    """Running sum or product; `exclusive` leaves the element itself out."""
+    forward = x.flip(axis) if reverse else x
+    function = torch.cumprod if product else torch.cumsum
+    result = function(forward, axis, dtype=x.dtype)
+    if exclusive:
+        start = torch.full_like(result.narrow(axis, 0, 1), 1 if product else 0)
+        result = torch.cat((start, result.narrow(axis, 0, x.shape[axis] - 1)), axis)
+    return result.flip(axis) if reverse else result
