@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Runner
 from xform.backends.onnxruntime import OnnxRuntimeBackend
+from xform.backends.openvino import OpenVinoBackend
 from xform.errors import TargetError, UsageError
 from xform.target import Target
 
-BACKENDS: dict[str, type[Backend]] = {OnnxRuntimeBackend.name: OnnxRuntimeBackend}
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (OnnxRuntimeBackend, OpenVinoBackend)}
 DEFAULT: dict[str, str] = {"cpu": "onnxruntime"}
 
 __all__ = ["BACKENDS", "DEFAULT", "Artifact", "Backend", "LoadOptions", "LowerOptions", "Runner", "get_backend"]

@@ -1,0 +1,70 @@
+"""From a lowered ONNX graph to a compiled OpenVINO model, and to its own file format."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import openvino as ov
+
+from xform.errors import TargetError
+from xform.graph import write
+from xform.graph.atomic import write_bytes
+
+
+def settings_for(threads: int) -> dict[str, Any]:
+    """What a model is compiled with: one request at a time on all cores, in float32 where the graph says float32.
+
+    OpenVINO computes in bfloat16 by default where the processor has it; that is no exact rewrite.
+    """
+    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+
+
+def read_model(model: ir.Model, folder: Path) -> Any:
+    """OpenVINO's form of the graph; `folder` holds the weights as long as it is used.
+
+    Raises:
+        TargetError: Its importer refuses the graph.
+    """
+    file = write.save(model, folder / "model.onnx")[0]
+    try:
+        return ov.Core().read_model(file)
+    except RuntimeError as error:
+        raise TargetError(
+            f"OpenVINO {ov.__version__.split('-')[0]} cannot read the lowered graph: {_reason(error)}",
+            hint="use backend='onnxruntime'",
+        ) from error
+
+
+def compile_model(model: ir.Model, settings: dict[str, Any]) -> Any:
+    """A compiled model for the CPU.
+
+    Raises:
+        TargetError: OpenVINO refuses the graph.
+    """
+    with tempfile.TemporaryDirectory(prefix="xform-openvino-") as folder:
+        read = read_model(model, Path(folder))
+        try:
+            return ov.Core().compile_model(read, "CPU", settings)
+        except RuntimeError as error:
+            raise TargetError(
+                f"OpenVINO cannot compile the lowered graph: {_reason(error)}", hint="use backend='onnxruntime'"
+            ) from error
+
+
+def save_xml(model: ir.Model, path: Path) -> list[Path]:
+    """Write `.xml` and `.bin`, weights in the dtype that they have."""
+    with tempfile.TemporaryDirectory(prefix="xform-openvino-") as folder:
+        made = Path(folder, path.name)
+        ov.save_model(read_model(model, Path(folder)), made, compress_to_fp16=False)
+        weights = write_bytes(path.with_suffix(".bin"), made.with_suffix(".bin").read_bytes())
+        return [write_bytes(path, made.read_bytes()), weights]  # last what makes the weights readable
+
+
+def _reason(error: Exception) -> str:
+    """What OpenVINO says, without its own source lines; unsupported operators are listed at the end of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Check", "Exception from", "FrontEnd API failed"))]
+    return " ".join(told or lines or [type(error).__name__])[:400]
