@@ -22,7 +22,8 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
-from xform.passes.reparameterize import FoldBatchNorm
+from xform.passes.normalize import LayerNormToRMSNorm
+from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps
 from xform.rewrite.passes import Pass
 
 PASSES: dict[str, type[Pass]] = {
@@ -39,6 +40,9 @@ PASSES: dict[str, type[Pass]] = {
         RaiseAttention,
         # reparameterize
         FoldBatchNorm,
+        MergeAffineMaps,
+        # normalize
+        LayerNormToRMSNorm,
         # cleanup
         EliminateIdentities,
         FoldConstants,

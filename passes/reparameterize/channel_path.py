@@ -7,6 +7,7 @@ through.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ import onnx_ir as ir
 
 from xform.graph import dims
 from xform.graph.dims import Expr
-from xform.graph.values import Array, attribute, constant, is_op, shape_of
+from xform.graph.values import Array, attribute, is_op, shape_of
+from xform.passes.reparameterize.constant_expression import evaluate
 from xform.rewrite.builder import Builder
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -74,7 +76,10 @@ def affine_of(node: ir.Node, operand: ir.Value, axis: int, channels: int) -> Aff
         return None
     first = node.inputs[0] is operand
     other = node.inputs[1] if first else node.inputs[0]
-    array, shape = constant(other, max_elements=channels), shape_of(operand)
+    size, shape = shape_of(other), shape_of(operand)
+    if size is None or math.prod(s if isinstance(s, int) else channels + 1 for s in size) > channels:
+        return None
+    array = evaluate(other)
     if other is operand or array is None or shape is None or array.ndim > len(shape) or array.dtype.kind in "biu":
         return None
     padded = array.reshape([1] * (len(shape) - array.ndim) + list(array.shape))

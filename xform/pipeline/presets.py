@@ -28,7 +28,7 @@ EXACT: tuple[str, ...] = (
     "raise_rotary",
     "raise_attention",
     # algebra on weights
-    "fold_batch_norm",
+    "merge_affine_maps",
     # what the above left behind
     "simplify_layout",
     "fold_shape_arithmetic",

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from xform.graph.values import is_constant, is_op, scalar
 from xform.rewrite.pattern import COMMUTATIVE, Const, Flat, Maybe, Op, Or, Out, Outputs, Pattern, Var
+from xform.rewrite.remarks import Cost
 
 _EPSILON = {
     ir.DataType.FLOAT16: 2.0**-10,
@@ -38,6 +39,8 @@ class Match:
         roots: The values that a rewrite replaces, in the order of the pattern.
         interior: Nodes that belong to the match without a pattern object of their own (inside sums and products).
         data: What `check` computed and `rewrite` needs.
+        note: What was done, for the remark, where the rule's name does not say it all.
+        cost_before, cost_after: Of the region, for the remark.
     """
 
     values: Mapping[Hashable, ir.Value] = field(default_factory=dict)
@@ -46,6 +49,9 @@ class Match:
     roots: tuple[ir.Value, ...] = ()
     interior: tuple[ir.Node, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    cost_before: Cost | None = None
+    cost_after: Cost | None = None
 
     def __getitem__(self, key: str | Pattern) -> ir.Value:
         return self.values[key]

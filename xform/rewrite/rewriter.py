@@ -144,7 +144,9 @@ class Rewriter:
         self.context.applications += 1
         if len(match.roots) > 1 and edit.graph is not None:
             self._unsorted.add(edit.graph)
-        self.context.remark(self.pass_name, rule.name, "applied", names, concept=rule.concept)
+        self.context.remark(
+            self.pass_name, rule.name, "applied", names, match.note, rule.concept, match.cost_before, match.cost_after
+        )
         return edit
 
     def _tell_missed(self) -> None:
