@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -110,3 +111,17 @@ def unique(x: torch.Tensor, axis: int | None, is_sorted: bool) -> tuple[torch.Te
 def extract_features(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """ArrayFeatureExtractor: columns of the last axis, as a matrix."""
     return x.index_select(-1, columns.reshape(-1)).reshape(-1, columns.numel())
+
+
+def slice_computed(
+    x: torch.Tensor,
+    starts: Sequence[int],
+    ends: Sequence[int],
+    axes: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Slice of axes or steps that only the run tells."""
+    places = range(len(starts)) if axes is None else axes
+    for axis, start, end, step in zip(places, starts, ends, steps or [1] * len(starts), strict=True):
+        x = slice_with_step(x, axis, start, end, step)
+    return x

@@ -84,7 +84,7 @@ def depth_to_space(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def space_to_depth(x: torch.Tensor, block: int) -> torch.Tensor:
-    """SpaceToDepth."""
+    """SpaceToDepth in the order row, column, depth."""
     n, c, h, w = x.shape
     split = x.reshape(n, c, h // block, block, w // block, block)
     return split.permute(0, 3, 5, 1, 2, 4).reshape(n, c * block * block, h // block, w // block)
@@ -125,3 +125,23 @@ def columns_to_image(
     for i, size in enumerate(image):
         summed = summed.narrow(2 + i, pads[i], size)
     return summed
+
+
+def squeeze(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """Squeeze of axes that only the run tells."""
+    return x.squeeze(tuple(axes))
+
+
+def unsqueeze(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """Unsqueeze of axes that only the run tells."""
+    for axis in sorted(axis % (x.ndim + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def pad_computed(
+    x: torch.Tensor, pads: Sequence[int], axes: Sequence[int] | None, mode: str, value: Any
+) -> torch.Tensor:
+    """Pad of axes that only the run tells."""
+    places = list(range(len(pads) // 2)) if axes is None else [axis % x.ndim for axis in axes]
+    return pad(x, pads[: len(places)], pads[len(places) :], places, mode, value)

@@ -34,15 +34,19 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
+def cast_like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A Cast to the dtype of another tensor."""
+    return cast(x, other.dtype)
+
+
 def cast_float8(x: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
     """A Cast to float8: beyond the range the largest number (`saturate`), else infinity or NaN."""
     limits = torch.finfo(dtype)
     wide = x.to(torch.float32)
     if saturate:
-        fnuz = dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-        inside = wide.clamp(limits.min, limits.max)
-        finite = torch.where(torch.isinf(wide), torch.nan, inside) if False and fnuz else inside
-        return torch.where(torch.isnan(wide), wide, finite).to(dtype)
+        return torch.where(torch.isnan(wide), wide, wide.clamp(limits.min, limits.max)).to(dtype)
+    if dtype is torch.float8_e4m3fn:  # torch saturates here; what rounds beyond 448 has no number
+        wide = torch.where(wide.abs() > 464, torch.nan, wide)
     return wide.to(dtype)
 
 

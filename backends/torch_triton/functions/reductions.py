@@ -80,3 +80,44 @@ def cumulative(x: torch.Tensor, axis: int, exclusive: bool, reverse: bool, produ
         start = torch.full_like(result.narrow(axis, 0, 1), 1 if product else 0)
         result = torch.cat((start, result.narrow(axis, 0, x.shape[axis] - 1)), axis)
     return result.flip(axis) if reverse else result
+
+
+def log_sum_exp(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Logarithm of the sum of exponentials."""
+    return torch.logsumexp(x, tuple(axes), keepdim=keepdims)
+
+
+def total(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Sum in the type of `x`."""
+    return x.sum(tuple(axes), keepdim=keepdims, dtype=x.dtype)
+
+
+def mean(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Mean in the type of `x`."""
+    return x.mean(tuple(axes), keepdim=keepdims) if x.is_floating_point() else integer_mean(x, axes, keepdims)
+
+
+def maximum(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Maximum, of nothing too."""
+    return extreme(x, axes, keepdims, True)
+
+
+def minimum(x: torch.Tensor, axes: Sequence[int], keepdims: bool) -> torch.Tensor:
+    """Minimum, of nothing too."""
+    return extreme(x, axes, keepdims, False)
+
+
+_BY_NAME = {
+    "ReduceSum": total, "ReduceMean": mean, "ReduceMax": maximum, "ReduceMin": minimum, "ReduceProd": prod,
+    "ReduceL1": l1, "ReduceL2": l2, "ReduceLogSum": log_sum, "ReduceSumSquare": sum_square,
+    "ReduceLogSumExp": log_sum_exp,
+}  # fmt: skip
+_ALONE = {"ReduceL1": torch.abs, "ReduceL2": torch.abs, "ReduceLogSum": torch.log, "ReduceSumSquare": torch.square}
+
+
+def over(kind: str, x: torch.Tensor, axes: Sequence[int], keepdims: bool, noop: bool) -> torch.Tensor:
+    """The reduction of that name over axes that only the run tells; none are all, or (`noop`) none."""
+    if not axes and noop:
+        return _ALONE[kind](x) if kind in _ALONE else x
+    places = sorted(axis % x.ndim for axis in axes) if axes else list(range(x.ndim))
+    return _BY_NAME[kind](x, places, keepdims)

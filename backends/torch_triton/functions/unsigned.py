@@ -6,8 +6,7 @@ the order of uint64 to that of int64. uint8 has kernels of its own and comes her
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import operator
 
 import torch
 
@@ -24,18 +23,18 @@ def narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.contiguous().view(torch.uint64) if dtype is torch.uint64 else x.to(dtype)
 
 
-def apply(function: Callable[..., Any], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A function whose bits do not depend on the sign."""
-    return narrow(function(wide(a), wide(b)), a.dtype)
+def apply(name: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A function of module `operator` whose bits do not depend on the sign."""
+    return narrow(getattr(operator, name)(wide(a), wide(b)), a.dtype)
 
 
-def unary(function: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-    """Abs, Sign, Not and BitwiseNot; Abs is the identity."""
-    if function is torch.abs:
+def unary(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Abs (the identity), Sign and BitwiseNot."""
+    if name == "Abs":
         return x
-    if function is torch.sign:
+    if name == "Sign":
         return narrow((wide(x) != 0).to(torch.int64), x.dtype)
-    return narrow(function(wide(x)), x.dtype)
+    return narrow(~wide(x), x.dtype)
 
 
 def _key(x: torch.Tensor) -> torch.Tensor:
@@ -43,9 +42,9 @@ def _key(x: torch.Tensor) -> torch.Tensor:
     return wide(x) ^ _TOP if x.dtype is torch.uint64 else wide(x)
 
 
-def compare(function: Callable[..., Any], a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A comparison."""
-    return function(_key(a), _key(b))  # type: ignore[no-any-return]
+def compare(name: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A comparison of module `operator`."""
+    return getattr(operator, name)(_key(a), _key(b))  # type: ignore[no-any-return]
 
 
 def minimum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,14 @@ from torch.fx import Graph
 
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES, Precision
 from xform.backends.torch_triton.lower.site import Unsupported
+from xform.graph.values import Array
+
+_EXTENSIONS = {
+    torch_type: onnx_type for onnx_type, torch_type in TORCH_DTYPES.items() if onnx_type.numpy().isbuiltin != 1
+}
+_NAMES = {
+    onnx_type.numpy().name: str(torch_type).removeprefix("torch.") for torch_type, onnx_type in _EXTENSIONS.items()
+}
 
 
 def tensor_of(tensor: ir.TensorProtocol) -> torch.Tensor:
@@ -25,15 +33,33 @@ def tensor_of(tensor: ir.TensorProtocol) -> torch.Tensor:
     dtype = TORCH_DTYPES.get(tensor.dtype)
     if dtype is None:
         raise Unsupported(f"torch has no {tensor.dtype.name.lower()}")
-    array = np.asarray(tensor.numpy())
-    if array.dtype.isbuiltin != 1:  # bfloat16 and float8 cross as their bits
+    return torch_of(np.asarray(tensor.numpy()), dtype)
+
+
+def torch_of(array: Array, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An array as a tensor in the same memory; types that NumPy lacks (ml_dtypes) cross as their bits.
+
+    Args:
+        dtype: The torch dtype that the bits stand for; found by name if not given.
+    """
+    if array.dtype.name in _NAMES:
+        dtype = dtype or getattr(torch, _NAMES[array.dtype.name])
         array = array.view({1: np.uint8, 2: np.int16}[array.dtype.itemsize])
     if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
         array = np.array(array, dtype=array.dtype.newbyteorder("="))
     with warnings.catch_warnings():  # memory-mapped files are read-only, and nothing writes into a frozen parameter
         warnings.simplefilter("ignore")
         made = torch.from_numpy(array)
-    return made if made.dtype is dtype else made.view(dtype)
+    return made if dtype is None or made.dtype is dtype else made.view(dtype)
+
+
+def array_of(tensor: torch.Tensor) -> Array:
+    """A tensor as an array; bfloat16 and float8 as arrays of the ml_dtypes types."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.dtype in _EXTENSIONS:
+        bits = tensor.contiguous().view(torch.uint8 if tensor.itemsize == 1 else torch.int16).numpy()
+        return bits.view(_EXTENSIONS[tensor.dtype].numpy())
+    return tensor.numpy()
 
 
 def register(root: torch.nn.Module, name: str, tensor: torch.Tensor, *, trainable: bool) -> str:

@@ -6,6 +6,10 @@ An operator that the table lacks but that has a body is expanded into it: functi
 
 from __future__ import annotations
 
+from typing import Any
+
+import onnx
+import onnx.defs
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
@@ -53,7 +57,11 @@ def _expand_all(model: ir.Model) -> bool:
     names: Names | None = None
     changed = False
     for node in list(model.graph.all_nodes()):
-        if node.domain not in ONNX_DOMAINS or find(node, opset) is not None:
+        own = model.opset_imports.get(node.domain, 1)
+        if find(node, opset if node.domain in ONNX_DOMAINS else own) is not None:
+            continue
+        if node.domain not in ONNX_DOMAINS:
+            changed |= _as_function(model, node, own)
             continue
         names = names or Names([model.graph])
         version = since(node.op_type, opset)
@@ -62,10 +70,71 @@ def _expand_all(model: ir.Model) -> bool:
                 continue
             emitter, outputs = expand_by_schema(node, version, opset, _emitter(node, names))
         except (Unavailable, ModelError):
-            continue  # refused by name afterwards, together with all others
+            changed |= _as_function(model, node, opset)
+            continue
         replace(node, emitter, list(outputs))
         changed = True
+    if model.functions:
+        common_passes.InlinePass()(model)
+        model.functions.clear()
     return changed
+
+
+def _as_function(model: ir.Model, node: ir.Node, opset: int) -> bool:
+    """Make a node whose body has control flow a call of a function of its own; False if there is no body.
+
+    A node without a body is refused by name afterwards, together with all others.
+    """
+    if any(attr.type is ir.AttributeType.GRAPH for attr in node.attributes.values()):
+        return False  # the inliner cannot hand graphs to a body
+    function = _body(node, opset)
+    if function is None:
+        return False
+    domain, name = "xform.bodies", f"{node.op_type}_{len(model.functions)}"
+    function.domain, function.name = domain, name
+    made = ir.serde.deserialize_function(function)
+    upgrade_to = model.opset_imports.get("", opset)
+    made.opset_imports[""] = max(made.opset_imports.get("", upgrade_to), upgrade_to)
+    model.functions[made.identifier()] = made
+    model.opset_imports[domain] = 1
+    node.domain, node.op_type = domain, name
+    node.version = None
+    return True
+
+
+def _body(node: ir.Node, opset: int) -> onnx.FunctionProto | None:
+    domain = "" if node.domain in ONNX_DOMAINS else node.domain
+    try:
+        schema: Any = onnx.defs.get_schema(node.op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return None
+    if schema.has_function:
+        return _parsed(schema.function_body.SerializeToString())
+    if not schema.has_context_dependent_function:
+        return None
+    types = []
+    for value in node.inputs:
+        proto = onnx.TypeProto()
+        if value is not None and value.type is not None:
+            ir.serde.serialize_type_into(proto, value.type)
+            if value.shape is not None:
+                ir.serde.serialize_shape_into(proto, value.shape)
+        types.append(proto.SerializeToString())
+    versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
+    version = max(versions or schema.context_dependent_function_opset_versions)
+    try:
+        text = schema.get_context_dependent_function_with_opset_version(
+            version, ir.serde.serialize_node(node).SerializeToString(), types
+        )
+    except (RuntimeError, onnx.checker.ValidationError):
+        return None
+    return _parsed(text) if text else None
+
+
+def _parsed(text: bytes) -> onnx.FunctionProto:
+    function = onnx.FunctionProto()
+    function.ParseFromString(text)
+    return function
 
 
 def _emitter(node: ir.Node, names: Names):  # type: ignore[no-untyped-def]

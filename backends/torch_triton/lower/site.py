@@ -157,6 +157,15 @@ class Site:
             raise Unsupported(f"input {index} is missing")
         return found
 
+    def listed(self, index: int) -> Any:
+        """Input `index`, an int vector of any length, as what becomes a Python list; None if it is omitted."""
+        if not self.has(index):
+            return None
+        shape = self.shape(index)
+        if self.has_ints(index) or shape == () or (shape is not None and len(shape) == 1 and isinstance(shape[0], int)):
+            return self.ints(index)
+        return self.call(torch.Tensor.tolist, self.tensor(index))
+
     def known_ints(self, index: int) -> list[int] | None:
         """Input `index` as ints known now; None if it is omitted. Raises Unsupported if they are not known."""
         found = self.ints(index)
@@ -204,3 +213,10 @@ def axes_of(site: Site, index: int, name: str = "axes") -> Sequence[int] | None:
     """Axes from an input (opset 13 or 18 on) or an attribute; None if absent."""
     found = site.known_ints(index)
     return site.attr(name) if found is None else found
+
+
+def is_computed(site: Site, index: int) -> bool:
+    """Whether an input of ints is known only when the graph runs."""
+    if not site.has(index):
+        return False
+    return not site.has_ints(index) or site.demand_ints(index).known is None

@@ -79,7 +79,7 @@ def binary(site: Site) -> Any:
     if found is not None:
         return found
     if site.dtype() in UNSIGNED:
-        return site.call(unsigned.apply, function, site.tensor(0), site.tensor(1))
+        return site.call(unsigned.apply, function.__name__, site.tensor(0), site.tensor(1))
     return site.call(function, *operands(site))
 
 
@@ -128,7 +128,7 @@ def unary(site: Site) -> Any:
         ints = site.demand_ints(0)
         return Ints(tuple(-i if isinstance(i, int) else site.call(operator.neg, i) for i in ints.items), ints.is_scalar)
     if site.dtype() in UNSIGNED:
-        return site.call(unsigned.unary, _UNARY[site.node.op_type], site.tensor())
+        return site.call(unsigned.unary, site.node.op_type, site.tensor())
     if site.node.op_type in ("Ceil", "Floor", "Round") and not site.is_float():
         return site.tensor()
     return site.call(_UNARY[site.node.op_type], site.tensor())

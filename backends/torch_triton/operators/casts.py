@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from xform.backends.torch_triton.functions import numbers
+from xform.backends.torch_triton.functions import numbers, randomness
 from xform.backends.torch_triton.lower.site import Ints, Site, Unsupported
 from xform.backends.torch_triton.lower.table import lowers
 
@@ -25,7 +25,7 @@ def cast(site: Site) -> Any:
 def cast_like(site: Site) -> Any:
     dtype = site.dtype(1)
     if dtype is None:
-        raise Unsupported("the type of its second input is unknown")
+        return site.call(numbers.cast_like, site.tensor(0), site.tensor(1))
     return _cast(site, dtype)
 
 
@@ -76,9 +76,14 @@ def constant(site: Site) -> Any:
 def dropout(site: Site) -> Any:
     training = site.known(2)
     if site.has(2) and (training is None or bool(training)):
-        ratio = site.number(1) if site.has(1) else 0.5
-        if ratio is None or ratio != 0:
-            raise Unsupported("it drops at random in training mode")
+        result = site.call(
+            randomness.dropout,
+            site.tensor(),
+            site.tensor(2),
+            site.operand(1) if site.has(1) else 0.5,
+            site.attr("seed"),
+        )
+        return site.pick(result, 2)
     x = site.tensor()
     if not site.wants(1):
         return x

@@ -27,7 +27,7 @@ _LOGIC: dict[str, Callable[..., Any]] = {
 def compare(site: Site) -> Any:
     function = _COMPARE[site.node.op_type]
     if site.dtype() in UNSIGNED:
-        return site.call(unsigned.compare, function, site.tensor(0), site.tensor(1))
+        return site.call(unsigned.compare, function.__name__, site.tensor(0), site.tensor(1))
     return site.call(function, *operands(site))
 
 
@@ -35,7 +35,7 @@ def compare(site: Site) -> Any:
 def logic(site: Site) -> Any:
     function = _LOGIC[site.node.op_type]
     if site.dtype() in UNSIGNED:
-        return site.call(unsigned.apply, function, site.tensor(0), site.tensor(1))
+        return site.call(unsigned.apply, function.__name__, site.tensor(0), site.tensor(1))
     return site.call(function, site.tensor(0), site.tensor(1))
 
 

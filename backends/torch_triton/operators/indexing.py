@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from xform.backends.torch_triton.functions import indexing
-from xform.backends.torch_triton.lower.site import Ints, Site, Unsupported
+from xform.backends.torch_triton.lower.site import Ints, Site, Unsupported, is_computed
 from xform.backends.torch_triton.lower.table import lowers
 from xform.backends.torch_triton.operators.shapes import dim
 
@@ -67,6 +67,8 @@ def gather_nd(site: Site) -> Any:
 
 @lowers("Slice")
 def slice_(site: Site) -> Any:
+    if not _has_length(site, 1) or is_computed(site, 3) or is_computed(site, 4):
+        return site.call(indexing.slice_computed, site.tensor(), *(site.listed(i) for i in range(1, 5)))
     starts, ends, axes, steps = (site.ints(i) for i in range(1, 5))
     if starts is None or ends is None:
         raise Unsupported("its bounds are missing")
@@ -86,6 +88,11 @@ def slice_(site: Site) -> Any:
         else:
             result = site.call(indexing.slice_with_step, result, axis, start, end, step)
     return result
+
+
+def _has_length(site: Site, index: int) -> bool:
+    shape = site.shape(index)
+    return site.has_ints(index) or (shape is not None and len(shape) == 1 and isinstance(shape[0], int))
 
 
 def _bound(end: int, step: int) -> int | None:

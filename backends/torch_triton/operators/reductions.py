@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from xform.backends.torch_triton.functions import reductions
-from xform.backends.torch_triton.lower.site import Ints, Site, axes_of
+from xform.backends.torch_triton.lower.site import Ints, Site, axes_of, is_computed
 from xform.backends.torch_triton.lower.table import lowers
 from xform.backends.torch_triton.operators.arithmetic import UNSIGNED
 from xform.backends.torch_triton.operators.shapes import product
@@ -27,6 +27,9 @@ _COMPOSED: dict[str, Callable[..., Any]] = {
 @lowers(*_DIRECT, *_COMPOSED)
 def reduce(site: Site) -> Any:
     kind, keepdims = site.node.op_type, bool(site.attr("keepdims", 1))
+    if is_computed(site, 1):
+        noop = bool(site.attr("noop_with_empty_axes", 0))
+        return site.call(reductions.over, kind, site.tensor(), site.listed(1), keepdims, noop)
     axes = axes_of(site, 1)
     if not axes and site.attr("noop_with_empty_axes", 0):
         return _of_single_elements(site)
@@ -41,7 +44,7 @@ def reduce(site: Site) -> Any:
     if kind in ("ReduceMax", "ReduceMin") and (site.dtype() is ir.DataType.BOOL or _may_be_empty(site)):
         return site.call(reductions.extreme, x, list(axes), keepdims, kind == "ReduceMax")
     integer = not site.is_float()
-    if integer and kind in ("ReduceSum", "ReduceMean", "ReduceLogSumExp") or site.dtype() in UNSIGNED:
+    if (integer and kind in ("ReduceSum", "ReduceMean", "ReduceLogSumExp")) or site.dtype() in UNSIGNED:
         whole = {"ReduceSum": reductions.integer_sum, "ReduceMean": reductions.integer_mean}.get(kind)
         if whole is not None:
             return site.call(whole, x, list(axes), keepdims)

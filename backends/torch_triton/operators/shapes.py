@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from xform.backends.torch_triton.functions import layouts, sizes
-from xform.backends.torch_triton.lower.site import Ints, Item, Site, Unsupported, axes_of
+from xform.backends.torch_triton.lower.site import Ints, Item, Site, Unsupported, axes_of, is_computed
 from xform.backends.torch_triton.lower.table import lowers
 from xform.backends.torch_triton.operators.arithmetic import item_of
 
@@ -54,7 +54,7 @@ def reshape(site: Site) -> Any:
     if site.has_ints(0) and site.has_ints(1):  # a size as a vector of one, or back
         target = site.demand_ints(1).known
         items = site.demand_ints(0).items
-        if target is not None and len(target) <= 1 and len(items) == math.prod(target or (1,)) or target == (-1,):
+        if (target is not None and len(target) <= 1 and len(items) == math.prod(target or (1,))) or target == (-1,):
             return Ints(items, is_scalar=target == ())
     target = site.ints(1) if _length_known(site, 1) else None
     if target is None:
@@ -116,6 +116,8 @@ def transpose(site: Site) -> Any:
 def squeeze(site: Site) -> Any:
     if site.has_ints(0) and len(site.demand_ints(0).items) == 1:
         return Ints(site.demand_ints(0).items, is_scalar=True)
+    if is_computed(site, 1):
+        return site.call(layouts.squeeze, site.tensor(), site.listed(1))
     axes = axes_of(site, 1)
     if axes is None:
         return site.call(torch.squeeze, site.tensor())
@@ -124,6 +126,8 @@ def squeeze(site: Site) -> Any:
 
 @lowers("Unsqueeze")
 def unsqueeze(site: Site) -> Any:
+    if is_computed(site, 1):
+        return site.call(layouts.unsqueeze, site.tensor(), site.listed(1))
     axes = axes_of(site, 1)
     if axes is None:
         raise Unsupported("its axes are missing")
@@ -186,14 +190,14 @@ def constant_of_shape(site: Site) -> Any:
     array = np.zeros((), np.float32) if held is None else held.numpy().reshape(())
     dtype = ir.DataType.FLOAT if held is None else held.dtype
     number = array.item() if array.dtype.kind in "biuf" else float(array)
-    found = site.ints(0)
+    found = site.ints(0) if _length_known(site, 0) else None
     if found is not None and len(found.items) == 1 and dtype is ir.DataType.INT64 and found.known is not None:
         count = found.known[0]
         if count <= 64:
             return Ints((int(number),) * count)
     like = site.like()
     device = {} if like is None else {"device": site.call(getattr, like, "device")}
-    return site.call(torch.full, found, number, dtype=site.torch_dtype(dtype), **device)
+    return site.call(torch.full, site.listed(0), number, dtype=site.torch_dtype(dtype), **device)
 
 
 @lowers("Range")
@@ -202,13 +206,19 @@ def range_(site: Site) -> Any:
     like = site.like()
     device = {} if like is None else {"device": site.call(getattr, like, "device")}
     if dtype in (ir.DataType.INT64, ir.DataType.INT32):
-        arguments: list[Any] = [site.demand_ints(i).items[0] for i in range(3)]
+        arguments: list[Any] = [_int(site, i) for i in range(3)]
         known = [a for a in arguments if isinstance(a, int)]
         if len(known) == 3 and dtype is ir.DataType.INT64 and len(range(*known)) <= 16:
             return Ints(tuple(range(*known)))
     else:
         arguments = [_number(site, i) for i in range(3)]
     return site.call(layouts.arange, *arguments, dtype=site.torch_dtype(dtype or ir.DataType.FLOAT), **device)
+
+
+def _int(site: Site, index: int) -> Any:
+    return (
+        site.demand_ints(index).items[0] if site.has_ints(index) else site.call(torch.Tensor.item, site.tensor(index))
+    )
 
 
 def _number(site: Site, index: int) -> Any:
@@ -218,6 +228,10 @@ def _number(site: Site, index: int) -> Any:
 
 @lowers("Pad")
 def pad(site: Site) -> Any:
+    if not _length_known(site, 1) or is_computed(site, 3):
+        value = site.tensor(2) if site.has(2) else 0
+        mode = site.attr("mode", "constant")
+        return site.call(layouts.pad_computed, site.tensor(), site.listed(1), site.listed(3), mode, value)
     pads = site.demand_ints(1)
     mode = site.attr("mode", "constant")
     value = (site.number(2) if site.known(2) is not None else site.tensor(2)) if site.has(2) else 0
@@ -241,6 +255,8 @@ def depth_to_space(site: Site) -> Any:
 
 @lowers("SpaceToDepth")
 def space_to_depth(site: Site) -> Any:
+    if site.attr("mode", "DCR") == "CRD":
+        return site.call(torch.nn.functional.pixel_unshuffle, site.tensor(), site.attr("blocksize"))
     return site.call(layouts.space_to_depth, site.tensor(), site.attr("blocksize"))
 
 
