@@ -25,10 +25,15 @@ class LowerOptions:
         opset: Default-domain opset of the result; None keeps the source's, or the lowest newer one that the result
             needs.
         portable: Write standard ONNX operators only, so that any ONNX runtime can run the result.
+        verbatim: Write the operators of the graph as they are: for a graph that came in and is to stay what it is.
+        attention: The first form to try for attention, where the backend has several: "packed" (projections taken in),
+            "multi_head" (one operator on queries, keys and values), "written" (products and a softmax).
     """
 
     opset: int | None = None
     portable: bool = False
+    verbatim: bool = False
+    attention: str = "packed"
 
 
 @dataclass(frozen=True)

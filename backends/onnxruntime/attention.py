@@ -1,9 +1,11 @@
 """Attention (opset 23) in the form that ONNX Runtime's CPU kernels run fastest.
 
-Measured (docs/onnxruntime-notes.md): the opset-23 kernel and `MatMul, Softmax, MatMul` take the same time, and only
+Measured (docs/onnxruntime-notes.md): the opset-23 kernel and `MatMul, Softmax, MatMul` take the same time, and
 com.microsoft's MultiHeadAttention without a mask is faster (its flash kernel, 10 to 20 %). The kernel of opset 23 also
-refuses masks that broadcast over queries. So an attention without mask becomes MultiHeadAttention, and every other one
-is written out so that ONNX Runtime fuses the transpose and the scale into the first product:
+refuses masks that broadcast over queries. Fastest is com.microsoft's Attention, which takes the projections in; see
+`attention_packed`. So an attention becomes, in this order, packed Attention where its projections allow,
+MultiHeadAttention where it has no mask, and else it is written out so that ONNX Runtime fuses the transpose and the
+scale into the first product:
 
     Y = Softmax(softcap(scale * Q K^T) + bias) V
 
@@ -14,19 +16,22 @@ memory, so that each key head meets all of its query heads in one product.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from xform.backends.onnxruntime.attention_mask import Bias, Lengths, is_neutral, make_bias
+from xform.backends.onnxruntime.attention_packed import FORM, packed_attention
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
 from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
 
+FORMS = ("packed", "multi_head")
 _SWAP_HEADS = [0, 2, 1, 3]
 
 
 @dataclass(frozen=True)
-class _Attention:
+class Operands:
     """One Attention node, read."""
 
     query: ir.Value
@@ -49,8 +54,12 @@ class _Attention:
         return not (self.causal or self.softcap or self.precision) and self.mask is None and self.past_key is None
 
 
-def lower_attention(emitter: Emitter, node: ir.Node, portable: bool) -> bool:
-    """Lower one Attention node; False where it has to stay (unknown head counts, or options newer than opset 23)."""
+def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str]) -> bool:
+    """Lower one Attention node; False where it has to stay (unknown head counts, or options newer than opset 23).
+
+    Args:
+        forms: Those to try before it is written out, of `FORMS`.
+    """
     site = emitter.at(node)
     if not _lowerable(node):
         return False
@@ -58,7 +67,12 @@ def lower_attention(emitter: Emitter, node: ir.Node, portable: bool) -> bool:
     if attention is None:
         return False
     extra = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
-    if not portable and attention.plain and not extra and _multi_head(site, attention):
+    if "packed" in forms and not extra:
+        packed = packed_attention(site, attention)
+        if packed is not None:
+            _deliver(site, *packed, form=FORM)
+            return True
+    if "multi_head" in forms and attention.plain and not extra and _multi_head(site, attention):
         return True
     _write_out(site, attention)
     return True
@@ -87,7 +101,7 @@ def _mask_is_short(node: ir.Node) -> bool:
     return isinstance(shape[-1], int) and isinstance(keys[-2], int) and shape[-1] < keys[-2]
 
 
-def _read(site: Site) -> _Attention | None:
+def _read(site: Site) -> Operands | None:
     node = site.node
     query, key, value, mask, past_key, past_value = (*node.inputs, *[None] * 6)[:6]
     if query is None or key is None or value is None:
@@ -112,7 +126,7 @@ def _read(site: Site) -> _Attention | None:
     if scale is None and not isinstance(head_size, int):
         return None
     precision = attribute(node, "softmax_precision", 0)
-    return _Attention(
+    return Operands(
         query,
         key,
         value,
@@ -140,7 +154,7 @@ def _split_heads(site: Site, value: ir.Value, heads: int) -> ir.Value:
     return result
 
 
-def _write_out(site: Site, a: _Attention) -> None:
+def _write_out(site: Site, a: Operands) -> None:
     """Products and a softmax, in standard operators of opset 13 and up."""
     emitter, node = site.emitter, site.node
     dtype = a.query.dtype
@@ -194,7 +208,7 @@ def _append(site: Site, past: ir.Value, new: ir.Value) -> ir.Value:
     return joined
 
 
-def _softmax(site: Site, a: _Attention, logits: ir.Value, dtype: ir.DataType) -> ir.Value:
+def _softmax(site: Site, a: Operands, logits: ir.Value, dtype: ir.DataType) -> ir.Value:
     if a.precision is not None:
         logits = site.op("Cast", logits, to=a.precision)
     result: ir.Value = site.op("Softmax", logits, axis=-1)
@@ -215,7 +229,7 @@ def _merge_heads(site: Site, value: ir.Value) -> ir.Value:
     return result
 
 
-def _multi_head(site: Site, a: _Attention) -> bool:
+def _multi_head(site: Site, a: Operands) -> bool:
     """com.microsoft.MultiHeadAttention, where the heads are equal and the dtype has a kernel."""
     key_shape, value_shape = shape_of(a.key), shape_of(a.value)
     if a.query_heads != a.kv_heads or a.query.dtype is not ir.DataType.FLOAT or not key_shape or not value_shape:
@@ -265,10 +279,11 @@ def _is_flat_form(flat: ir.Value, split: ir.Value) -> bool:
     return a[:2] == b[:2] and isinstance(b[2], int) and isinstance(b[3], int) and a[2] == b[2] * b[3]
 
 
-def _deliver(site: Site, merged: ir.Value, heads: int, head_size: int) -> None:
+def _deliver(
+    site: Site, merged: ir.Value, heads: int, head_size: int, form: str = "attention: MultiHeadAttention"
+) -> None:
     """Put [B, S, H*D] in place of the output [B, H, S, D], without the transpose that merges the heads again."""
     output, emitter = site.node.outputs[0], site.emitter
-    form = "attention: MultiHeadAttention"
     if rank_of(output) == 3:
         site.replace([(output, merged)], form)
         return

@@ -49,6 +49,15 @@ class Emitter:
             self._constants[key] = value
         return self._constants[key]
 
+    def weight(self, array: Array, hint: str) -> ir.Value:
+        """An initializer of the main graph, not shared and not compared with others: for large arrays."""
+        tensor = ir.tensor(np.ascontiguousarray(array), name=self.unique(hint))
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
+        self.model.graph.register_initializer(value)
+        return value
+
     def ints(self, *data: int) -> ir.Value:
         """A 1-D int64 constant, the way shapes and axes are given."""
         return self.constant(data, ir.DataType.INT64, "ints")

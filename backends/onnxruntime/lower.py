@@ -14,7 +14,7 @@ import onnx_ir.passes.common as common_passes
 
 from xform.backends.base import LowerOptions
 from xform.backends.onnxruntime import activations
-from xform.backends.onnxruntime.attention import lower_attention
+from xform.backends.onnxruntime.attention import FORMS, lower_attention
 from xform.backends.onnxruntime.emit import Emitter
 from xform.backends.onnxruntime.linear import lower_linear
 from xform.backends.onnxruntime.residual import lower_residual
@@ -44,9 +44,13 @@ def lower(graph: ir.Model, options: LowerOptions) -> tuple[ir.Model, dict[str, i
     current = model.opset_imports.get("", 0)
     if options.opset is not None and not 7 <= options.opset <= max(current, 23):
         raise UsageError(f"cannot write opset {options.opset}", hint=f"use 7 to {max(current, 23)}")
+    if options.verbatim:
+        _write_at_opset(model, options)
+        model.ir_version = min(model.ir_version, _IR_VERSION)
+        return model, {}
     emitter = Emitter(model)
     nodes = list(model.graph.all_nodes())
-    _lower_all(emitter, nodes, options.portable, _planned_opset(nodes, model, options))
+    _lower_all(emitter, nodes, options, _planned_opset(nodes, model, options))
     common_passes.RemoveUnusedNodesPass()(model)
     _write_at_opset(model, options)
     model.ir_version = min(model.ir_version, _IR_VERSION)
@@ -80,14 +84,18 @@ def _planned_opset(nodes: Iterable[ir.Node], model: ir.Model, options: LowerOpti
     return max([opset, *worth]) if not options.portable else opset
 
 
-def _lower_all(emitter: Emitter, nodes: Iterable[ir.Node], portable: bool, opset: int) -> None:
+def _lower_all(emitter: Emitter, nodes: Iterable[ir.Node], options: LowerOptions, opset: int) -> None:
+    forms = () if options.portable else FORMS[FORMS.index(options.attention) :] if options.attention in FORMS else ()
+    nodes = list(nodes)
+    for node in nodes:  # first, as it reads the linear layers that its operands come from
+        if is_op(node, "Attention"):
+            lower_attention(emitter, node, forms)
+    common_passes.RemoveUnusedNodesPass()(emitter.model)  # projections that were taken in are no linear layers any more
     for node in nodes:
         if node.graph is None or node.domain not in ONNX_DOMAINS:
             continue
-        if is_op(node, "Attention"):
-            lower_attention(emitter, node, portable)
-        elif is_op(node, "Add"):
-            if not lower_linear(emitter, node) and not portable:
+        if is_op(node, "Add"):
+            if not lower_linear(emitter, node) and not options.portable:
                 lower_residual(emitter, node)
         elif is_op(node, "Swish"):
             activations.lower_swish(emitter, node)
