@@ -159,6 +159,13 @@ def scaling(factor: Array, shift: Array | None, channels: int, name: str = "") -
     return AffineMap(channels, channels, channels, Window(), unbiased, compute, name=name)
 
 
+def without_shift(part: AffineMap) -> AffineMap:
+    """The same map with a bias of zero."""
+    if part.unbiased:
+        return part
+    return replace(part, unbiased=True, compute=lambda: (part.arrays[0], np.zeros(part.outputs)))
+
+
 def compose(outer: AffineMap, inner: AffineMap, *, lenient: bool = False) -> AffineMap | str:
     """outer(inner(x)) as one map, or why it is none.
 

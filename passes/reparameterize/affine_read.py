@@ -91,6 +91,20 @@ def channels_of(value: ir.Value | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def outputs_of(node: ir.Node, axis: int) -> int | None:
+    """The number of channels of the result, also where its declared shape leaves it open."""
+    known = channels_of(node.outputs[0], axis)
+    if known is not None:
+        return known
+    if is_op(node, *DENSE):
+        shape = _static(node.inputs[1])
+        place = 0 if is_op(node, "Conv") else 1
+        group = int(attribute(node, "group", 1)) if is_op(node, "ConvTranspose") else 1
+        return shape[place] * group if len(shape) > place else None
+    sizes = {channels_of(v, axis) for v in node.inputs if v is not None and rank_of(v) == rank_of(node.outputs[0])}
+    return max((s for s in sizes if s is not None), default=None)
+
+
 def is_zero(value: ir.Value | None) -> bool:
     """Whether a constant consists of zeros; False for one of more than `SMALL_WEIGHT` elements, which is not read."""
     array = constant(value, max_elements=SMALL_WEIGHT)
@@ -102,9 +116,10 @@ def weight_problem(value: ir.Value | None, node: ir.Node, lenient: bool = False)
     if value is None or expression(value) is None:
         maker = value.producer() if value is not None else None
         if maker is not None and "Dequantize" in maker.op_type:
-            return (
-                f"the weight of {display_name(node)} is quantized ({display_name(maker)}): merging would requantize it"
-            )
+            if lenient and _static(value):
+                return None
+            place = f"{display_name(node)} is quantized ({display_name(maker)})"
+            return f"the weight of {place}: merging would requantize it"
         return f"the weight of {display_name(node)} is not constant"
     if value.dtype not in FLOATS:
         return f"the weight of {display_name(node)} is of type {value.dtype.name if value.dtype else 'unknown'}"
@@ -235,14 +250,14 @@ def _pad(node: ir.Node, axis: int, lenient: bool) -> Sequence[Part] | str:
 
 
 def _arithmetic(node: ir.Node, axis: int) -> Sequence[Part] | str:
-    channels = channels_of(node.outputs[0], axis)
+    channels = outputs_of(node, axis)
     operands = [v for v in node.inputs if v is not None]
     if channels is None or len(operands) != len(node.inputs):
         return f"the channels of {node.op_type} are not known"
     if is_op(node, "Neg"):
         return (Part(operands[0], axis, scaling(-np.ones(1), None, channels)),)
     for operand in operands if len(operands) == 2 else ():
-        if shape_of(operand) != shape_of(node.outputs[0]):
+        if channels_of(operand, axis) != channels or rank_of(operand) != rank_of(node.outputs[0]):
             continue
         found = affine_of(node, operand, axis, channels)
         if found is not None:

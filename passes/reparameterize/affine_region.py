@@ -23,8 +23,8 @@ import onnx_ir as ir
 
 from xform.graph import dims
 from xform.graph.values import Array, attribute, display_name, is_op, shape_of
-from xform.passes.reparameterize.affine_map import AffineMap, add, compose, identity, scaling
-from xform.passes.reparameterize.affine_read import DENSE, channels_of, read
+from xform.passes.reparameterize.affine_map import AffineMap, add, compose, identity, scaling, without_shift
+from xform.passes.reparameterize.affine_read import DENSE, channels_of, outputs_of, read
 from xform.passes.reparameterize.channel_path import VIEWS, axis_before
 from xform.passes.reparameterize.constant_expression import expression
 
@@ -80,7 +80,8 @@ class Region:
         """The region before any expansion; None where the number of channels is not known."""
         terms = []
         for value, axis in roots:
-            channels = channels_of(value, axis)
+            producer = value.producer()
+            channels = outputs_of(producer, axis) if producer is not None else None
             if channels is None:
                 return None
             terms.append([Term(value, axis, identity(channels))])
@@ -181,8 +182,8 @@ def _parts(node: ir.Node, term: Term, *, lenient: bool = False) -> list[Term] | 
     if isinstance(parts, str):
         return parts
     result: list[Term] = []
-    for part in parts:
-        mapped = compose(term.map, part.map, lenient=lenient)
+    for index, part in enumerate(parts):  # M(p + q) + c = (M p + c) + M q: the shift counts once
+        mapped = compose(term.map if index == 0 else without_shift(term.map), part.map, lenient=lenient)
         if isinstance(mapped, str):
             return mapped
         result.append(Term(part.operand, part.axis, mapped, term.views))
@@ -363,7 +364,7 @@ def node_cost(node: ir.Node) -> int:
     if is_op(node, "BatchNormalization"):
         return 2 * size
     if is_op(node, "AveragePool"):
-        return size * math.prod(attribute(node, "kernel_shape", (1,)))
+        return size * math.prod(int(k) for k in attribute(node, "kernel_shape", (1,)))
     if is_op(node, "Sum"):
         return size * (len(node.inputs) - 1)
     if not is_op(node, *DENSE):
@@ -372,9 +373,9 @@ def node_cost(node: ir.Node) -> int:
     taps = math.prod(s for s in weight[2:] if isinstance(s, int)) if not is_op(node, "MatMul") else 1
     bias = size if len(node.inputs) > 2 and node.inputs[2] is not None else 0
     rows = weight[1] if is_op(node, "Conv", "ConvTranspose") else weight[0]
-    per = 2 * taps * (rows if isinstance(rows, int) else 1)
+    per: int = 2 * taps * (rows if isinstance(rows, int) else 1)
     positions = elements(node.inputs[0]) if is_op(node, "ConvTranspose") else size
-    return int(per * positions + bias)
+    return per * positions + bias
 
 
 def _freed(node: ir.Node, gone: set[ir.Node]) -> int:

@@ -15,10 +15,11 @@ import onnx_ir as ir
 
 from xform.graph import dims
 from xform.graph.dims import Expr
-from xform.graph.values import Array, attribute, is_op, shape_of
+from xform.graph.values import Array, attribute, constant, is_op, rank_of, shape_of
 from xform.passes.reparameterize.constant_expression import evaluate
 from xform.rewrite.builder import Builder
 
+COMMUTING = ("ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize", "Slice", "Gather", "Pad")
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 
@@ -68,6 +69,69 @@ def _product(sizes: tuple[int | str | None, ...]) -> Expr | None:
             return None
         total = dims.mul(total, size if isinstance(size, int) else dims.parse(size))
     return total
+
+
+def axis_through(node: ir.Node, value: ir.Value, axis: int, affine: Affine) -> int | None:
+    """Where `axis` of `value` is after an operator that commutes with `affine`; None if it does not.
+
+    A factor and a shift per channel commute with whatever averages or selects positions within a channel: means over
+    other axes, pooling that divides by what it has summed, interpolation, slices, padding by reflection or repetition,
+    and, where the factors are not negative, maxima.
+    """
+    if node.inputs[0] is not value or any(v is value for v in node.inputs[1:]):
+        return None
+    before, after = rank_of(value), rank_of(node.outputs[0])
+    if before is None or after is None:
+        return None
+    if is_op(node, "Transpose", *VIEWS):
+        return axis_after(node, axis)
+    if is_op(node, "GlobalAveragePool"):
+        return axis if axis == 1 else None
+    if is_op(node, "AveragePool"):
+        padded = any(attribute(node, "pads", None) or [0]) or str(attribute(node, "auto_pad", "NOTSET")) not in (
+            "NOTSET",
+            "VALID",
+        )
+        even = not attribute(node, "count_include_pad", 0) or not (padded or attribute(node, "ceil_mode", 0))
+        return axis if axis == 1 and even else None
+    if is_op(node, "MaxPool"):
+        return axis if axis == 1 and bool(np.all(affine.a >= 0)) and len(node.outputs) == 1 else None
+    if is_op(node, "Resize"):
+        return axis if axis == 1 and _interpolates(node, before) else None
+    if is_op(node, "Pad"):
+        return axis if str(attribute(node, "mode", "constant")) in ("reflect", "edge", "wrap") else None
+    return _axis_after_removal(node, axis, before, after)
+
+
+def _interpolates(node: ir.Node, rank: int) -> bool:
+    """Whether a Resize leaves batch and channels alone and gives every position weights that sum to one."""
+    mode = str(attribute(node, "coordinate_transformation_mode", "half_pixel"))
+    shapes = shape_of(node.inputs[0]), shape_of(node.outputs[0])
+    if mode == "tf_crop_and_resize" or any(s is None or len(s) != rank for s in shapes):
+        return False
+    (a, b) = (s[:2] for s in shapes if s is not None)
+    return a == b and None not in a
+
+
+def _axis_after_removal(node: ir.Node, axis: int, before: int, after: int) -> int | None:
+    """For ReduceMean, Slice and Gather over other axes."""
+    if is_op(node, "Gather"):
+        chosen = int(attribute(node, "axis", 0)) % before
+        if chosen == axis or rank_of(node.inputs[1]) not in (0, 1):
+            return None
+        return axis - (1 if after < before and chosen < axis else 0)
+    if is_op(node, "ReduceMean", "Slice"):
+        place = 1 if is_op(node, "ReduceMean") else 3
+        given = node.inputs[place] if len(node.inputs) > place else None
+        axes = constant(given)
+        if axes is None:
+            return None
+        over = {int(a) % before for a in axes}
+        if axis in over:
+            return None
+        kept = is_op(node, "Slice") or bool(attribute(node, "keepdims", 1))
+        return axis if kept else axis - sum(a < axis for a in over)
+    return None
 
 
 def affine_of(node: ir.Node, operand: ir.Value, axis: int, channels: int) -> Affine | None:

@@ -8,7 +8,8 @@ Integer-Arithmetic-Only Inference", 2018, section 3.2 (the forward direction).
 Rules
 1. Into the map before it (always exact). Between the two may stand transposes and reshapes that keep the channel as one
    axis (BatchNorm1d over tokens), and arithmetic with one constant per channel (a bias Add), which is folded as well.
-2. Else into every map that reads it, over the same kinds of operators. Not through a convolution that pads with zeros
+2. Else into every map that reads it, over the same kinds of operators and over what averages or selects positions
+   within a channel (pooling, means, slices, interpolation). Not through a convolution that pads with zeros
    and not into a ConvTranspose with overlap or cropping, unless the shift c is zero; not if any reader is something
    else (the normalization would have to stay for that one).
 Left alone, with a remark: training mode; statistics or weights that are not constant; a value in between that is read
@@ -197,10 +198,10 @@ def _into_reader(norm: BatchNorm, reader: ir.Node) -> _Fold | str:
     views: list[ir.Node] = []
     absorbed = [norm.node]
     while not is_op(node, *linear_map.OPERATORS):
-        if is_op(node, "Transpose", *channel_path.VIEWS) and node.inputs[0] is value:
-            after = channel_path.axis_after(node, axis)
+        if is_op(node, "Transpose", *channel_path.VIEWS, *channel_path.COMMUTING) and node.inputs[0] is value:
+            after = channel_path.axis_through(node, value, axis, affine)
             if after is None:
-                return f"{node.op_type} does not keep the channels as one axis"
+                return f"{node.op_type} does not commute with a factor and a shift per channel"
             views.append(node)
             axis = after
         else:

@@ -34,9 +34,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xform.graph.values import is_op
+from xform.graph.values import is_op, used_once
 from xform.passes.reparameterize import affine_build
-from xform.passes.reparameterize.affine_read import DENSE, OPERATORS, channel_axes, read
+from xform.passes.reparameterize.adapters import NonlinearAdapter
+from xform.passes.reparameterize.affine_read import DENSE, OPERATORS, channel_axes, outputs_of, read
 from xform.passes.reparameterize.affine_region import (
     Region,
     built_cost,
@@ -46,8 +47,10 @@ from xform.passes.reparameterize.affine_region import (
     grow,
     saved_cost,
 )
-from xform.passes.reparameterize.channel_path import VIEWS, axis_after
+from xform.passes.reparameterize.bias_padding import BiasPadding
+from xform.passes.reparameterize.channel_path import VIEWS, affine_of, axis_after
 from xform.passes.reparameterize.fold_batch_norm import FoldIntoLinear
+from xform.passes.reparameterize.join_branches import WidenFeedForward
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
 from xform.rewrite.passes import RewritePass
@@ -115,10 +118,10 @@ class MergeIntoReaders(Rule):
             readers = _affine_readers(node, axis)
             if readers is None:
                 continue
-            start = Region.at([(reader.outputs[0], at) for reader, _, at in readers])
+            start = Region.at([(reader.path[0].outputs[0], reader.axis) for reader in readers])
             if start is None:
                 continue
-            nodes = [n for reader, views, _ in readers for n in (reader, *reversed(views))]
+            nodes = [n for reader in readers for n in reader.path]
             region, worth = grow(start, [*nodes, *candidates(node)], _worth)
             if worth > 0 and node in region.absorbed:
                 yield _match(region)
@@ -127,28 +130,55 @@ class MergeIntoReaders(Rule):
         return _rewrite(match, build)
 
 
-def _affine_readers(node: ir.Node, axis: int) -> list[tuple[ir.Node, list[ir.Node], int]] | None:
-    """Every reader as (affine node, views before it, channel axis of its result); None if one is not affine."""
-    found: list[tuple[ir.Node, list[ir.Node], int]] = []
-    for reader in dict.fromkeys(use.node for use in node.outputs[0].uses()):
-        value, at, views, current = node.outputs[0], axis, [], reader
-        while is_op(current, "Transpose", *VIEWS) and current.inputs[0] is value:
-            after = axis_after(current, at)
-            if after is None or len(current.outputs[0].uses()) != 1 or current.outputs[0].is_graph_output():
-                return None
-            views.append(current)
-            value, at = current.outputs[0], after
-            current = next(iter(value.uses())).node
-        axes = [
-            a
-            for a in channel_axes(current)
-            if not isinstance(parts := read(current, a), str)
-            and any(part.operand is value and part.axis == at for part in parts)
-        ]
-        if not axes or current.graph is not node.graph:
+@dataclass(frozen=True)
+class _Reader:
+    """One affine reader of a value.
+
+    Attributes:
+        path: From the root to the node that reads the value: factors and shifts behind the reader (its bias), the
+            reader, the views before it.
+        axis: Channel axis of the root.
+    """
+
+    path: tuple[ir.Node, ...]
+    axis: int
+
+
+def _affine_readers(node: ir.Node, axis: int) -> list[_Reader] | None:
+    """Every reader of the result of `node`; None if one is not affine."""
+    found = [_affine_reader(node, use, axis) for use in dict.fromkeys(u.node for u in node.outputs[0].uses())]
+    readers = [reader for reader in found if reader is not None]
+    return readers if len(readers) == len(found) else None
+
+
+def _affine_reader(node: ir.Node, current: ir.Node, axis: int) -> _Reader | None:
+    value, path = node.outputs[0], list[ir.Node]()
+    while is_op(current, "Transpose", *VIEWS) and current.inputs[0] is value:
+        after = axis_after(current, axis)
+        if after is None or not used_once(current.outputs[0]):
             return None
-        found.append((current, views, axes[0]))
-    return found
+        path.insert(0, current)
+        value, axis = current.outputs[0], after
+        current = next(iter(value.uses())).node
+    for place in channel_axes(current):
+        parts = read(current, place)
+        if not isinstance(parts, str) and any(p.operand is value and p.axis == axis for p in parts):
+            break
+    else:
+        return None
+    if current.graph is not node.graph:
+        return None
+    path.insert(0, current)
+    while used_once(current.outputs[0]):  # its bias
+        reader = next(iter(current.outputs[0].uses())).node
+        channels = outputs_of(current, place)
+        if channels is None or reader.graph is not node.graph:
+            break
+        if affine_of(reader, current.outputs[0], place, channels) is None:
+            break
+        path.insert(0, reader)
+        current = reader
+    return _Reader(tuple(path), place)
 
 
 def _worth(region: Region) -> float:
@@ -222,4 +252,4 @@ class MergeAffineMaps(RewritePass):
     name = "merge_affine_maps"
 
     def rules(self) -> Sequence[Rule]:
-        return (FoldIntoLinear(), MergeAt(), MergeIntoReaders())
+        return (BiasPadding(), FoldIntoLinear(), MergeAt(), MergeIntoReaders(), WidenFeedForward(), NonlinearAdapter())

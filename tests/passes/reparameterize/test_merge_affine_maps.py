@@ -1,0 +1,490 @@
+"""merge_affine_maps on graphs: what collapses, what must stay, and the reasons given."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from support import ops, parse, rewritten, run
+
+from xform.passes.reparameterize import MergeAffineMaps
+
+
+def applied(remarks):
+    return [r for r in remarks if r.verdict == "applied"]
+
+
+def missed(remarks):
+    return [r for r in remarks if r.verdict == "missed"]
+
+
+RNG = np.random.default_rng(11)
+PASS = MergeAffineMaps()
+
+
+def normal(*shape, scale=1.0):
+    return (scale * RNG.normal(size=shape)).astype(np.float32)
+
+
+def norm(channels, name):
+    return {
+        f"{name}s": RNG.uniform(0.5, 1.5, channels).astype(np.float32),
+        f"{name}b": normal(channels),
+        f"{name}m": normal(channels),
+        f"{name}v": RNG.uniform(0.5, 1.5, channels).astype(np.float32),
+    }
+
+
+def bn(result, operand, name):
+    return f"{result} = BatchNormalization ({operand}, {name}s, {name}b, {name}m, {name}v)"
+
+
+def declared(constants):
+    kinds = {"float32": "float", "float16": "float16", "int64": "int64", "int8": "int8"}
+    return ", ".join(
+        f"{kinds[str(array.dtype)]}[{','.join(map(str, array.shape))}] {name}" for name, array in constants.items()
+    )
+
+
+def graph(body, constants, x="[2,6,9,8]", y="[2,M,H,W]", extra=""):
+    return f"g (float{x} x{extra}, {declared(constants)}) => (float{y} y) {{ {body} }}"
+
+
+def check(body, constants, shape=(2, 6, 9, 8), y="[2,M,H,W]", feeds=None, **kwargs):
+    feeds = feeds or {"x": normal(*shape)}
+    written = str(list(shape)).replace(" ", "")
+    found = run(parse(graph(body, constants, written, y), constants), feeds)[0].shape
+    text = graph(body, constants, written, str(list(found)).replace(" ", ""))
+    return rewritten(text, constants, feeds, PASS, **{"rtol": 2e-5, "atol": 2e-5, **kwargs})
+
+
+# Parallel sums
+
+
+def test_repvgg_block_becomes_one_convolution():
+    constants = {"w3": normal(6, 6, 3, 3), "w1": normal(6, 6, 1, 1), **norm(6, "p"), **norm(6, "q"), **norm(6, "r")}
+    body = f"""a = Conv <pads=[1,1,1,1]> (x, w3) {bn("an", "a", "p")} b = Conv (x, w1) {bn("b2", "b", "q")}
+               {bn("c", "x", "r")} s = Add (an, b2) t = Add (s, c) y = Relu (t)"""
+    model, remarks = check(body, constants)
+    assert ops(model) == ["Conv", "Relu"]
+    assert model.graph[0].inputs[1].shape == [6, 6, 3, 3]
+    assert remarks.count("missed") == 0
+
+
+def test_residual_joins_as_identity_kernel_for_groups_too():
+    constants = {"w": normal(6, 2, 3, 3), "b": normal(6)}
+    model, _ = check("a = Conv <group=3, pads=[1,1,1,1]> (x, w, b) y = Add (x, a)", constants)
+    assert ops(model) == ["Conv"]
+    assert model.graph[0].attributes["group"].value == 3
+
+
+def test_asymmetric_kernels_and_average_pooling_join():
+    """ACNet's 3x3 + 1x3 + 3x1, and DBB's average-pooling branch over the same padding."""
+    constants = {"w": normal(6, 6, 3, 3), "h": normal(6, 6, 1, 3), "v": normal(6, 6, 3, 1)}
+    body = """a = Conv <pads=[1,1,1,1]> (x, w) b = Conv <pads=[0,1,0,1]> (x, h) c = Conv <pads=[1,0,1,0]> (x, v)
+              d = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1> (x)
+              s = Sum (a, b, c) y = Add (s, d)"""
+    model, _ = check(body, constants)
+    assert ops(model) == ["Conv"]
+    assert model.graph[0].inputs[1].shape == [6, 6, 3, 3]
+
+
+def test_strided_branches_align_at_their_first_tap():
+    constants = {"w": normal(8, 6, 3, 3), "p": normal(8, 6, 1, 1), "b": normal(8)}
+    body = """a = Conv <pads=[1,1,1,1], strides=[2,2]> (x, w, b) c = Conv <strides=[2,2]> (x, p) y = Add (a, c)"""
+    model, _ = check(body, constants)
+    assert ops(model) == ["Conv"]
+    assert list(model.graph[0].attributes["strides"].value) == [2, 2]
+
+
+def test_depthwise_with_scale_and_identity_norm_as_in_mobileone():
+    constants = {
+        **{f"w{i}": normal(6, 1, 3, 3) for i in range(3)},
+        "s": normal(6, 1, 1, 1),
+        **norm(6, "a"),
+        **norm(6, "i"),
+    }
+    body = f"""k0 = Conv <group=6, pads=[1,1,1,1]> (x, w0) {bn("n0", "k0", "a")}
+               k1 = Conv <group=6, pads=[1,1,1,1]> (x, w1) k2 = Conv <group=6, pads=[1,1,1,1]> (x, w2)
+               c = Conv <group=6> (x, s) {bn("n", "x", "i")}
+               t0 = Add (c, n) t1 = Add (t0, n0) t2 = Add (t1, k1) t3 = Add (t2, k2) y = Relu (t3)"""
+    model, _ = check(body, constants)
+    assert ops(model) == ["Conv", "Relu"]
+    assert model.graph[0].attributes["group"].value == 6
+
+
+def test_repmixer_difference_of_branches_with_layer_scale():
+    """FastViT: x + scale * (mixer(x) - norm(x))."""
+    constants = {"w": normal(6, 1, 3, 3), "g": normal(6, 1, 1), **norm(6, "m"), **norm(6, "n")}
+    body = f"""k = Conv <group=6, pads=[1,1,1,1]> (x, w) {bn("km", "k", "m")} {bn("i", "x", "n")}
+               d = Sub (km, i) s = Mul (g, d) y = Add (x, s)"""
+    model, _ = check(body, constants)
+    assert ops(model) == ["Conv"]
+
+
+def test_a_shift_behind_a_sum_counts_once():
+    constants = {"w": normal(6, 6, 1, 1), "v": normal(6, 6, 1, 1), "u": normal(4, 6, 1, 1), "b": normal(4)}
+    text = graph(
+        "s = Conv (x, w) t = Conv (z, v) q = Add (s, t) r = Conv (q, u, b) y = Add (r, b2)",
+        constants | {"b2": normal(4, 1, 1)},
+        y="[2,4,9,8]",
+        extra=", float[2,6,9,8] z",
+    )
+    constants["b2"] = normal(4, 1, 1)
+    feeds = {"x": normal(2, 6, 9, 8), "z": normal(2, 6, 9, 8)}
+    model, _ = rewritten(text, constants, feeds, PASS, rtol=2e-5, atol=2e-5)
+    assert sorted(ops(model)) == ["Add", "Conv", "Conv"]
+
+
+def test_nested_blocks_collapse_from_the_inside():
+    constants = {f"w{i}": normal(6, 6, 1, 1) for i in range(4)} | {"k": normal(6, 6, 3, 3)}
+    body = """a = Conv (x, w0) b = Conv (x, w1) s = Add (a, b) c = Conv (s, w2) d = Conv (x, w3) t = Add (c, d)
+              e = Conv <pads=[1,1,1,1]> (x, k) u = Add (t, e) y = Relu (u)"""
+    model, _ = check(body, constants)
+    assert ops(model) == ["Conv", "Relu"]
+
+
+def test_branches_with_another_summand_between_them():
+    constants = {"w0": normal(6, 6, 3, 3), "w1": normal(6, 6, 1, 1)}
+    body = "a = Conv <pads=[1,1,1,1]> (x, w0) r = Relu (z) s = Add (a, r) b = Conv (x, w1) y = Add (s, b)"
+    text = graph(body, constants, y="[2,6,9,8]", extra=", float[2,6,9,8] z")
+    feeds = {"x": normal(2, 6, 9, 8), "z": normal(2, 6, 9, 8)}
+    model, _ = rewritten(text, constants, feeds, PASS, rtol=2e-5, atol=2e-5)
+    assert sorted(ops(model)) == ["Add", "Conv", "Relu"]
+
+
+def test_one_and_three_spatial_axes():
+    for rank, dims in ((1, (11,)), (3, (5, 6, 4))):
+        constants = {"w": normal(4, 4, *[3] * rank), "p": normal(4, 4, *[1] * rank), "b": normal(4), **norm(4, "n")}
+        pads = ",".join(["1"] * 2 * rank)
+        body = f"a = Conv <pads=[{pads}]> (x, w) c = Conv (x, p, b) s = Add (a, c) {bn('y', 's', 'n')}"
+        y = "[" + ",".join(["2", "M", *"DHW"[:rank]]) + "]"
+        model, _ = check(body, constants, (2, 4, *dims), y)
+        assert ops(model) == ["Conv"], rank
+
+
+def test_transposed_convolutions_with_scale_and_parallel_branch():
+    constants = {"w": normal(6, 4, 4, 4), "u": normal(6, 4, 2, 2), "g": normal(4, 1, 1), "b": normal(4)}
+    body = """a = ConvTranspose <strides=[2,2], pads=[1,1,1,1]> (x, w, b) c = ConvTranspose <strides=[2,2]> (x, u)
+              s = Add (a, c) y = Mul (s, g)"""
+    model, _ = check(body, constants)
+    assert ops(model) == ["ConvTranspose"]
+
+
+# Composition
+
+
+def test_linear_pair_collapses_only_where_that_is_no_costlier():
+    wide = {"a": normal(12, 64), "b": normal(64, 10), "c": normal(64), "d": normal(10)}
+    body = "h = MatMul (x, a) i = Add (h, c) j = MatMul (i, b) y = Add (j, d)"
+    model, _ = check(body, wide, (5, 12), "[5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul", "Add"]
+    narrow = {"a": normal(64, 4), "b": normal(4, 64), "c": normal(4), "d": normal(64)}
+    model, remarks = check(body, narrow, (5, 64), "[5,N]")
+    assert ops(model) == ["MatMul", "MatMul", "Add"], "the shift moves into the last one all the same"
+    assert any("would cost" in r.reason for r in remarks if r.verdict == "missed")
+
+
+def test_pointwise_around_a_convolution():
+    constants = {"p": normal(12, 6, 1, 1), "w": normal(6, 12, 3, 3), "q": normal(4, 6, 1, 1), "b": normal(4)}
+    model, _ = check("a = Conv (x, p) c = Conv (a, w) y = Conv (c, q, b)", constants)
+    assert ops(model) == ["Conv"]
+    assert model.graph[0].inputs[1].shape == [4, 6, 3, 3]
+
+
+def test_factors_and_shifts_anywhere_in_the_chain():
+    constants = {
+        "g": normal(6, 1, 1), "s": normal(6, 1, 1), "w": normal(5, 6, 3, 3), "b": normal(5), "h": normal(5, 1, 1),
+        "o": normal(1), **norm(5, "n"),
+    }  # fmt: skip
+    body = f"""a = Mul (x, g) c = Add (a, s) d = Conv (c, w, b) e = Div (d, o) f = Sub (e, h) {bn("y", "f", "n")}"""
+    model, _ = check(body, constants, rtol=1e-3, atol=1e-3)
+    assert ops(model) == ["Conv"]
+
+
+def test_layer_scale_folds_into_the_product_before_it():
+    constants = {"w": normal(12, 16), "b": normal(16), "g": normal(16)}
+    model, _ = check("h = MatMul (x, w) i = Add (h, b) y = Mul (i, g)", constants, (3, 5, 12), "[3,5,N]")
+    assert ops(model) == ["MatMul", "Add"]
+
+
+def test_the_border_rule_names_the_convolution():
+    constants = {"p": normal(12, 6, 1, 1), "b": normal(12), "w": normal(6, 12, 3, 3)}
+    model, remarks = check("a = Conv (x, p, b) y = Conv <pads=[1,1,1,1]> (a, w)", constants)
+    assert ops(model) == ["Conv", "Conv"]
+    assert "pads its operand with zeros" in missed(remarks)[0].reason
+    constants.pop("b")
+    model, _ = check("a = Conv (x, p) y = Conv <pads=[1,1,1,1]> (a, w)", constants)
+    assert ops(model) == ["Conv"], "without a bias the border is zero on both sides"
+
+
+def test_a_border_padded_with_the_bias_can_merge():
+    """DBB's 1x1-BN, border filled with the bias, k x k without padding."""
+    bias = normal(12)
+    row = np.broadcast_to(bias[None, :, None, None], (1, 12, 2, 10)).copy()
+    column = np.broadcast_to(bias[None, :, None, None], (1, 12, 11, 2)).copy()
+    constants = {
+        "p": normal(12, 6, 1, 1), "b": bias, "w": normal(6, 12, 3, 3), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "first": np.array([[0]]), "rl": np.array([[10]]), "cl": np.array([[9]]),
+        "row": row.transpose(1, 0, 2, 3)[:, 0, 0][None, :, None], "col": column[0, :, :, 0][None, :, None],
+    }  # fmt: skip
+    body = """a = Conv (x, p, b) q = Pad (a, pads) t = Transpose <perm=[2,1,0,3]> (q)
+              s1 = ScatterND (t, first, row) s2 = ScatterND (s1, rl, row) u = Transpose <perm=[3,1,2,0]> (s2)
+              s3 = ScatterND (u, first, col) s4 = ScatterND (s3, cl, col) v = Transpose <perm=[2,1,3,0]> (s4)
+              y = Conv (v, w)"""
+    model, _ = check(body, constants, (1, 6, 9, 8), "[1,M,H,W]", atol=1e-4)
+    assert ops(model) == ["Conv"]
+    constants["b"] = bias + 0.5
+    model, remarks = check(body, constants, (1, 6, 9, 8), "[1,M,H,W]", atol=1e-4)
+    assert "ScatterND" in ops(model)
+    assert any("other values than the bias" in r.reason for r in remarks)
+
+
+# Left alone, with a reason
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "a = Conv <pads=[1,1,1,1]> (x, w) c = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (x) y = Add (a, c)",
+            "count_include_pad=0",
+        ),
+        (
+            "p = Pad <mode=\"reflect\"> (x, pads) a = Conv (p, w) c = Conv (x, q) y = Add (a, c)",
+            "reflect mode",
+        ),
+        (
+            "p = Pad (x, pads, one) a = Conv (p, w) c = Conv (x, q) y = Add (a, c)",
+            "another value than zero",
+        ),
+        (
+            "dw = DequantizeLinear (qw, sc) a = Conv <pads=[1,1,1,1]> (x, w) c = Conv <pads=[1,1,1,1]> (x, dw) "
+            "y = Add (a, c)",
+            "quantized",
+        ),
+    ],
+)  # fmt: skip
+def test_inexact_neighbours_are_left(body, reason):
+    constants = {
+        "w": normal(6, 6, 3, 3),
+        "q": normal(6, 6, 1, 1),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "one": np.array(1, np.float32),
+        "qw": RNG.integers(-99, 99, (6, 6, 3, 3)).astype(np.int8),
+        "sc": np.array(0.01, np.float32),
+    }
+    used = {name: array for name, array in constants.items() if re.search(rf"\b{name}\b", body)}
+    model, remarks = check(body, used)
+    assert "Add" in ops(model)
+    assert any(reason in r.reason for r in missed(remarks)), [r.reason for r in missed(remarks)]
+    assert not applied(remarks)
+
+
+def test_a_nonlinearity_between_is_no_linear_map():
+    constants = {"w": normal(6, 6, 3, 3), "q": normal(6, 6, 1, 1)}
+    model, _ = check("a = Conv (x, q) r = Relu (a) y = Conv (r, w)", constants)
+    assert ops(model) == ["Conv", "Relu", "Conv"]
+
+
+def test_different_strides_are_told():
+    constants = {"w": normal(6, 6, 3, 3), "q": normal(6, 6, 1, 1)}
+    body = """a = Conv <pads=[1,1,1,1], strides=[2,2]> (x, w)
+              b = Conv <pads=[1,1,1,1], strides=[1,1]> (x, w) c = MaxPool <kernel_shape=[1,1], strides=[2,2]> (b)
+              y = Add (a, c)"""
+    model, _ = check(body, constants, (2, 6, 8, 8))
+    assert ops(model).count("Conv") == 2
+
+
+def test_values_read_elsewhere_stay():
+    constants = {"w": normal(12, 16), "v": normal(16, 12), "g": normal(16)}
+    text = f"""g (float[3,12] x, {declared(constants)}) => (float[3,16] h, float[3,12] y)
+               {{ h = MatMul (x, w) m = Mul (h, g) y = MatMul (m, v) }}"""
+    model, _ = rewritten(text, constants, {"x": normal(3, 12)}, PASS, rtol=2e-5, atol=2e-5)
+    assert ops(model) == ["MatMul", "MatMul"], "the factor goes into the second product; the first is an output"
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora(bias):
+    constants = {
+        "w": normal(24, 32),
+        "a": normal(24, 4),
+        "b": normal(4, 32),
+        "s": np.array(0.7, np.float32),
+        "c": normal(32),
+    }
+    base = "p = MatMul (x, w) q = Add (p, c)" if bias else "q = MatMul (x, w)"
+    if not bias:
+        constants.pop("c")
+    body = f"{base} h = MatMul (x, a) i = MatMul (h, b) j = Mul (i, s) y = Add (q, j)"
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]", atol=1e-4)
+    assert ops(model) == (["MatMul", "Add"] if bias else ["MatMul"])
+
+
+def test_dora_with_its_norm_as_a_constant_expression():
+    constants = {
+        "w": normal(24, 32), "a": normal(24, 4), "b": normal(4, 32), "s": np.array(0.5, np.float32),
+        "m": normal(1, 32), "axes": np.array([0]), "one": np.array(1, np.float32),
+    }  # fmt: skip
+    body = """ba = MatMul (a, b) u = Mul (ba, s) v = Add (w, u) n = ReduceL2 <keepdims=1> (v, axes) f = Div (m, n)
+              g = Sub (f, one) p = MatMul (x, w) r = Mul (g, p) h = MatMul (x, a) i = MatMul (h, b) j = Mul (f, i)
+              k = Mul (j, s) l = Add (r, k) y = Add (p, l)"""
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul"]
+
+
+def test_loha_and_lokr_deltas_are_constant_expressions():
+    loha = {"w": normal(16, 16), **{n: normal(16, 3) for n in "ac"}, **{n: normal(3, 16) for n in "bd"}}
+    body = """p = MatMul (a, b) q = MatMul (c, d) m = Mul (p, q) t = Transpose <perm=[1,0]> (m)
+              z = MatMul (x, w) e = MatMul (x, t) y = Add (z, e)"""
+    model, _ = check(body, loha, (2, 5, 16), "[2,5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul"]
+    lokr = {"w": normal(16, 16), "a": normal(4, 1, 4, 1), "b": normal(1, 4, 1, 4), "shape": np.array([16, 16])}
+    body = """k = Mul (a, b) m = Reshape (k, shape) z = MatMul (x, w) e = MatMul (x, m) y = Add (z, e)"""
+    model, _ = check(body, lokr, (2, 5, 16), "[2,5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul"]
+
+
+def test_a_serial_linear_adapter_goes_into_all_its_readers():
+    """ZeroI2V before packed and separate projections: I + s W2 W1 into q, k and v."""
+    constants = {
+        "d": normal(24, 6), "e": normal(6), "u": normal(6, 24), "f": normal(24), "s": np.array(0.5, np.float32),
+        **{n: normal(24, 24) for n in ("q", "k", "v")}, "c": normal(24),
+    }  # fmt: skip
+    text = f"""g (float[2,5,24] x, {declared(constants)}) => (float[2,5,24] oq, float[2,5,24] ok, float[2,5,24] ov)
+      {{ l = Relu (x) h = MatMul (l, d) i = Add (h, e) j = MatMul (i, u) m = Add (j, f) n = Mul (m, s) z = Add (l, n)
+         oq = MatMul (z, q) p = MatMul (z, k) ok = Add (p, c) ov = MatMul (z, v) }}"""
+    model, remarks = rewritten(text, constants, {"x": normal(2, 5, 24)}, PASS, rtol=1e-4, atol=1e-3)
+    assert ops(model).count("MatMul") == 3
+    assert ops(model).count("Add") == 3
+    assert any(r.rule == "merge_into_readers" for r in applied(remarks))
+
+
+def test_an_adapter_read_by_something_nonlinear_stays_for_all():
+    constants = {"d": normal(24, 6), "u": normal(6, 24), "q": normal(24, 24), "k": normal(24, 24)}
+    text = f"""g (float[2,5,24] x, {declared(constants)}) => (float[2,5,24] oq, float[2,5,24] ok, float[2,5,24] r)
+      {{ h = MatMul (x, d) j = MatMul (h, u) z = Add (x, j) oq = MatMul (z, q) ok = MatMul (z, k) r = Relu (z) }}"""
+    model, _ = rewritten(text, constants, {"x": normal(2, 5, 24)}, PASS, rtol=1e-4, atol=1e-3)
+    assert ops(model).count("MatMul") == 4
+
+
+def test_masked_sparsification_module_goes_into_the_output_projection():
+    """PAT: mask * ((I + B A) y)."""
+    mask = (RNG.random(24) > 0.4).astype(np.float32)
+    constants = {"w": normal(24, 24), "b": normal(24), "a": normal(24, 6), "u": normal(6, 24), "m": mask}
+    body = """p = MatMul (x, w) q = Add (p, b) h = MatMul (q, a) i = MatMul (h, u) j = Add (q, i) y = Mul (m, j)"""
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]", atol=1e-3)
+    assert ops(model) == ["MatMul", "Add"]
+
+
+def test_repbn_over_tokens_becomes_a_factor_and_a_shift_in_the_next_product():
+    """SLAB: BN(x) + alpha x between transposes, then q, k and v."""
+    constants = {"al": np.array(0.8, np.float32), "w": normal(24, 24), "v": normal(24, 24), "b": normal(24)}
+    constants |= norm(24, "n")
+    text = f"""g (float[2,5,24] x, {declared(constants)}) => (float[2,5,24] a, float[2,5,24] c)
+      {{ r = Relu (x) t = Transpose <perm=[0,2,1]> (r) {bn("n", "t", "n")} u = Transpose <perm=[0,2,1]> (n)
+         s = Mul (al, r) z = Add (u, s) e = MatMul (z, w) a = Add (e, b) f = MatMul (z, v) c = Add (f, b) }}"""
+    model, _ = rewritten(text, constants, {"x": normal(2, 5, 24)}, PASS, rtol=1e-4, atol=1e-4)
+    assert sorted(ops(model)) == ["Add", "Add", "MatMul", "MatMul", "Relu"]
+
+
+def test_an_adapter_with_a_zero_up_projection_is_removed():
+    constants = {"d": normal(24, 6), "e": normal(6), "u": np.zeros((6, 24), np.float32), "f": normal(24)}
+    body = (
+        """h = MatMul (x, d) i = Add (h, e) a = Gelu (i) j = MatMul (a, u) m = Add (j, f) z = Add (x, m) y = Relu (z)"""
+    )
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]")
+    assert ops(model) == ["Add", "Relu"], "only its bias is left"
+
+
+def test_an_adapter_with_a_nonlinearity_is_left_and_told():
+    constants = {"d": normal(24, 6), "e": normal(6), "u": normal(6, 24), "s": np.array(0.5, np.float32)}
+    body = "h = MatMul (x, d) i = Add (h, e) a = Gelu (i) j = MatMul (a, u) m = Mul (j, s) y = Add (x, m)"
+    model, remarks = check(body, constants, (2, 5, 24), "[2,5,N]")
+    assert "Gelu" in ops(model)
+    assert any("Gelu between its products" in r.reason for r in missed(remarks))
+
+
+# Shared weights, types, branches
+
+
+def test_a_shared_weight_is_copied_only_where_that_pays_and_told():
+    constants = {"w": normal(12, 8), "g": normal(8)}
+    text = """g (float[{n},12] x, float[{n},12] z, float[12,8] w, float[8] g) => (float[{n},8] y, float[{n},8] u)
+              {{ a = MatMul (x, w) y = Mul (a, g) u = MatMul (z, w) }}"""
+    for rows, merged in ((64, True), (4, False)):
+        feeds = {"x": normal(rows, 12), "z": normal(rows, 12)}
+        model, remarks = rewritten(text.format(n=rows), constants, feeds, PASS, rtol=2e-5, atol=2e-5)
+        assert ("Mul" not in ops(model)) == merged, rows
+        assert any("copy of its own of w" in r.reason for r in applied(remarks)) == merged
+
+
+def test_half_precision_weights_are_merged_in_double_and_cast_once():
+    constants = {"w": normal(24, 32).astype(np.float16), "a": normal(24, 4).astype(np.float16),
+                 "b": normal(4, 32).astype(np.float16)}  # fmt: skip
+    text = """g (float16[3,24] x, float16[24,32] w, float16[24,4] a, float16[4,32] b) => (float16[3,32] y)
+              { p = MatMul (x, w) h = MatMul (x, a) i = MatMul (h, b) y = Add (p, i) }"""
+    model, _ = rewritten(text, constants, {"x": normal(3, 24).astype(np.float16)}, PASS, rtol=2e-2, atol=5e-2)
+    assert ops(model) == ["MatMul"]
+    wide = [constants[n].astype(np.float64) for n in "wab"]
+    expected = (wide[0] + wide[1] @ wide[2]).astype(np.float16)
+    np.testing.assert_array_equal(model.graph[0].inputs[1].const_value.numpy(), expected)
+
+
+def test_a_merge_that_overflows_half_precision_is_refused():
+    constants = {"w": np.full((4, 4), 60000, np.float16), "v": np.full((4, 4), 60000, np.float16)}
+    text = """g (float16[3,4] x, float16[4,4] w, float16[4,4] v) => (float16[3,4] y)
+              { p = MatMul (x, w) q = MatMul (x, v) y = Add (p, q) }"""
+    model, remarks = rewritten(text, constants, {"x": np.full((3, 4), 1e-3, np.float16)}, PASS, rtol=1e-2)
+    assert ops(model) == ["MatMul", "MatMul", "Add"]
+    assert "overflows" in missed(remarks)[0].reason
+
+
+def test_parallel_feed_forward_branches_widen():
+    constants = {
+        "a": normal(12, 20),
+        "b": normal(20),
+        "c": normal(20, 12),
+        "d": normal(12),
+        "e": normal(12, 28),
+        "f": normal(28, 12),
+    }
+    body = """h = MatMul (x, a) i = Add (h, b) j = Gelu (i) k = MatMul (j, c) l = Add (k, d)
+              m = MatMul (x, e) n = Gelu (m) o = MatMul (n, f) y = Add (l, o)"""
+    model, _ = check(body, constants, (2, 5, 12), "[2,5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul", "Add", "Gelu", "MatMul", "Add"]
+    different = body.replace("n = Gelu (m)", "n = Tanh (m)")
+    model, remarks = check(different, constants, (2, 5, 12), "[2,5,N]", atol=1e-4)
+    assert ops(model).count("MatMul") == 4
+    assert any("different nonlinearities" in r.reason for r in missed(remarks))
+
+
+def test_branches_joined_before_the_nonlinearity_merge_on_both_sides():
+    constants = {n: normal(12, 20) for n in "ab"} | {n: normal(20, 12) for n in "cd"}
+    body = """h = MatMul (x, a) i = MatMul (x, b) s = Add (h, i) g = Gelu (s)
+              j = MatMul (g, c) k = MatMul (g, d) y = Add (j, k)"""
+    model, _ = check(body, constants, (2, 5, 12), "[2,5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul", "Gelu", "MatMul"]
+
+
+def test_batch_norm_goes_through_pooling_into_the_head():
+    constants = {"w": normal(6, 10), "b": normal(10), "axes": np.array([2, 3]), **norm(6, "n")}
+    body = (
+        f"""r = Relu (x) {bn("n", "r", "n")} p = ReduceMean <keepdims=0> (n, axes) h = MatMul (p, w) y = Add (h, b)"""
+    )
+    model, remarks = check(body, constants, y="[2,M]")
+    assert ops(model) == ["Relu", "ReduceMean", "MatMul", "Add"]
+    assert not missed(remarks)
+
+
+def test_two_heads_that_are_averaged_become_one():
+    constants = {"w": normal(6, 10), "b": normal(10), "v": normal(6, 10), "c": normal(10)}
+    constants |= {"two": np.array(2, np.float32), **norm(6, "p"), **norm(6, "q")}
+    body = f"""{bn("m", "x", "p")} {bn("n", "x", "q")} h = MatMul (m, w) i = Add (h, b) j = MatMul (n, v) k = Add (j, c)
+               s = Add (i, k) y = Div (s, two)"""
+    model, _ = check(body, constants, (4, 6), "[4,M]")
+    assert ops(model) == ["MatMul", "Add"]
