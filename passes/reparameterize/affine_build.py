@@ -11,7 +11,7 @@ import onnx_ir as ir
 from xform.graph.values import Array, attribute, display_name, is_op, rank_of
 from xform.passes.reparameterize.affine_map import AffineMap
 from xform.passes.reparameterize.affine_read import FLOATS
-from xform.passes.reparameterize.affine_region import Region, Term, factor_and_shift
+from xform.passes.reparameterize.affine_region import Region, Term, as_product, factor_and_shift
 from xform.passes.reparameterize.channel_path import rebuild
 from xform.passes.reparameterize.linear_map import narrowed, overflows
 from xform.rewrite.builder import Builder
@@ -36,14 +36,9 @@ def _has_operator(term: Term) -> bool:
     part = term.map
     if part.diagonal:
         return True
-    if _as_product(term):
+    if as_product(term):
         return term.axis == rank - 1 and part.window.rank == 0 and part.group == 1
     return part.window.rank in (0, rank - 2) and (not part.transposed or _output_padding(part) is not None)
-
-
-def _as_product(term: Term) -> bool:
-    """Whether the map becomes a MatMul (channels last) and no convolution (channels on axis 1)."""
-    return term.axis != 1 or rank_of(term.source) == 2
 
 
 def build(region: Region, build: Builder) -> list[ir.Value] | Problem:
@@ -126,7 +121,7 @@ def _applied(term: Term, build: Builder) -> ir.Value:
         return value
     kernel, bias = part.arrays
     shift = build.constant(narrowed(bias, dtype), f"{name}_bias") if np.any(bias) else None
-    if _as_product(term):
+    if as_product(term):
         product = build.op("MatMul", source, build.constant(narrowed(kernel.T, dtype), name))
         return product if shift is None else build.op("Add", product, shift)
     if part.transposed:

@@ -7,9 +7,9 @@ have to be built. The region pays if
 
     cost = FLOPs + parameters
 
-of what is built is less than of what is saved. Parameters count as one operation each, since each is read at least once
-per run: that decides whether a shared weight is worth a copy. A multiply-add is two operations; symbolic dims count as
-`ASSUMED_SIZE`. A weight that other nodes read as well is not saved.
+of what is built is no more than of what is saved, and fewer nodes are built than saved. Parameters count as one
+operation each, since each is read at least once per run: that decides whether a shared weight is worth a copy. A
+multiply-add is two operations; symbolic dims count as `ASSUMED_SIZE`. A weight that other nodes read is not saved.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph import dims
-from xform.graph.values import Array, attribute, display_name, is_op, shape_of
+from xform.graph.values import Array, attribute, display_name, is_op, rank_of, shape_of
 from xform.passes.reparameterize.affine_map import AffineMap, add, compose, identity, scaling, without_shift
-from xform.passes.reparameterize.affine_read import DENSE, channels_of, outputs_of, read
+from xform.passes.reparameterize.affine_read import DENSE, OPERATORS, channels_of, outputs_of, read
 from xform.passes.reparameterize.channel_path import VIEWS, axis_before
 from xform.passes.reparameterize.constant_expression import expression
 
@@ -240,41 +240,25 @@ def _same_views(a: tuple[ir.Node, ...], b: tuple[ir.Node, ...]) -> bool:
 
 
 def candidates(root: ir.Node) -> list[ir.Node]:
-    """Affine nodes and views behind `root`, itself first, each before what it reads; at most `MAX_NODES`."""
-    seen: dict[ir.Node, list[ir.Node]] = {}
+    """`root` and the affine nodes and views behind it that nothing else needs, each before what it reads.
+
+    What is read elsewhere as well stays in any case, so that nothing is won by looking behind it. At most `MAX_NODES`.
+    """
+    order: dict[ir.Node, None] = {root: None}
     frontier = [root]
-    while frontier and len(seen) < MAX_NODES:
-        upper: list[ir.Node] = []
-        for node in frontier:
-            if node in seen or len(seen) >= MAX_NODES:
+    while frontier and len(order) < MAX_NODES:
+        node = frontier.pop()
+        for value in dict.fromkeys(node.inputs):
+            maker = value.producer() if value is not None else None
+            if maker is None or maker in order or maker.graph is not root.graph or not is_op(maker, *_TAKEN):
                 continue
-            makers = [p for v in node.inputs if v is not None and (p := v.producer()) is not None]
-            seen[node] = [p for p in makers if p.graph is root.graph and _may_be_affine(p)]
-            upper.extend(seen[node])
-        frontier = upper
-    return _readers_first(root, seen)
+            if _unread(maker, order):
+                order[maker] = None
+                frontier.append(maker)
+    return list(order)
 
 
-def _may_be_affine(node: ir.Node) -> bool:
-    return is_op(node, "Transpose", *VIEWS, *DENSE, *_SMALL)
-
-
-_SMALL = ("BatchNormalization", "Add", "Sub", "Sum", "Mul", "Div", "Neg", "AveragePool", "Pad")
-
-
-def _readers_first(root: ir.Node, makers: dict[ir.Node, list[ir.Node]]) -> list[ir.Node]:
-    order: list[ir.Node] = []
-    state: set[ir.Node] = set()
-    stack: list[tuple[ir.Node, bool]] = [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in state:
-            state.add(node)
-            stack.append((node, True))
-            stack.extend((p, False) for p in makers.get(node, ()) if p in makers)
-    return order[::-1]
+_TAKEN = ("Transpose", *VIEWS, *OPERATORS)
 
 
 def grow(region: Region, nodes: Iterable[ir.Node], worth: Callable[[Region], float]) -> tuple[Region, float]:
@@ -338,8 +322,13 @@ def built_nodes(region: Region) -> int:
             if term.map.diagonal:
                 total += sum(step is not None for step in factor_and_shift(term.map))
             else:
-                total += 1 if term.axis == 1 or term.map.unbiased else 2
+                total += 2 if as_product(term) and not term.map.unbiased else 1
     return total
+
+
+def as_product(term: Term) -> bool:
+    """Whether a map that is not diagonal becomes a MatMul and an Add (channels last), and no convolution (axis 1)."""
+    return term.axis != 1 or rank_of(term.source) == 2
 
 
 def factor_and_shift(part: AffineMap) -> tuple[Array | None, Array | None]:

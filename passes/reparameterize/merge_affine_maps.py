@@ -17,10 +17,10 @@ module names; the structures that go away are, among others:
 Exact: only if every step is; see `affine_map` for the border rule. Rounding differs: weights are merged in float64 and
 cast once.
 
-Profit: FLOPs + parameters of the merged form are less than those of the nodes that go away, and there are fewer nodes
-(`affine_region`). So the dense form of a low-rank pair is not built unless it hides in a sum or another map; the remark
-gives both figures. A weight that other nodes read stays with them; the merged map gets a copy of its own, and the
-remark says so.
+Profit: FLOPs + parameters of the merged form are no more than those of the nodes that go away, and there are fewer
+nodes (`affine_region`). So the dense form of a low-rank pair is not built unless it hides in a sum or another map; the
+remark gives both figures. A weight that other nodes read stays with them; the merged map gets a copy of its own, and
+the remark says so.
 
 Refused with a reason: an intermediate with a shift that a convolution pads with zeros; padding in reflect or edge mode;
 count_include_pad=0 at a padded border; BatchNormalization in training mode; quantized weights; results that overflow
@@ -87,7 +87,7 @@ class MergeAt(Rule):
             if start is None:
                 continue
             region, worth = grow(start, nodes, _worth)
-            if worth > 0:
+            if worth >= 0:
                 yield _match(region)
             failure = _missed(node, axis, nodes, region)
             if failure is not None:
@@ -123,7 +123,7 @@ class MergeIntoReaders(Rule):
                 continue
             nodes = [n for reader in readers for n in reader.path]
             region, worth = grow(start, [*nodes, *candidates(node)], _worth)
-            if worth > 0 and node in region.absorbed:
+            if worth >= 0 and node in region.absorbed:
                 yield _match(region)
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value] | Failure:
@@ -182,9 +182,9 @@ def _affine_reader(node: ir.Node, current: ir.Node, axis: int) -> _Reader | None
 
 
 def _worth(region: Region) -> float:
-    """The gain of a region that can be built with fewer nodes; else 0 or less."""
+    """The gain of a region that can be built with fewer nodes; else a negative number."""
     if built_nodes(region) >= len(region.saved()) or not affine_build.buildable(region):
-        return 0
+        return -1
     return gain(region)
 
 
@@ -213,8 +213,8 @@ def _missed(node: ir.Node, axis: int, nodes: Sequence[ir.Node], tried: Region) -
     """What would have been merged at `node` if it were exact, or if it paid."""
     if tried.refusals:
         start = Region.at([(node.outputs[0], axis)], lenient=True)
-        region, worth = grow(start, nodes, _worth) if start is not None else (tried, 0)
-        if worth > 0:
+        region, worth = grow(start, nodes, _worth) if start is not None else (tried, -1)
+        if worth >= 0:
             for refusal in tried.refusals:
                 if refusal.node in region.absorbed:
                     return Failure(refusal.reason, (node, refusal.node))
@@ -236,7 +236,7 @@ def _costlier(node: ir.Node, axis: int, nodes: Sequence[ir.Node]) -> Failure | N
             inner = current
             break
         value = next(iter(region.sources()), None) if len(region.sources()) == 1 else None
-    if inner is None or gain(region) > 0:
+    if inner is None or gain(region) >= 0:
         return None
     return Failure(
         f"one map in place of both would cost {built_cost(region):,} FLOPs and parameters, they cost "
