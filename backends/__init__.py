@@ -5,17 +5,21 @@ from __future__ import annotations
 from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Runner
 from xform.backends.onnxruntime import OnnxRuntimeBackend
 from xform.backends.openvino import OpenVinoBackend
+from xform.backends.torch_triton import TorchTritonBackend
 from xform.errors import TargetError, UsageError
 from xform.target import Target
 
-BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (OnnxRuntimeBackend, OpenVinoBackend)}
-DEFAULT: dict[str, str] = {"cpu": "onnxruntime"}
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (OnnxRuntimeBackend, OpenVinoBackend, TorchTritonBackend)}
+DEFAULT: dict[str, str] = {"cpu": "onnxruntime", "cuda": "torch_triton"}
 
 __all__ = ["BACKENDS", "DEFAULT", "Artifact", "Backend", "LoadOptions", "LowerOptions", "Runner", "get_backend"]
 
 
-def get_backend(name: str | None, target: Target) -> Backend:
+def get_backend(name: str | None, target: Target, *, compile_only: bool = False) -> Backend:
     """The backend called `name`, or the default one of the target.
+
+    Args:
+        compile_only: The result is not run here, so the device need not be here.
 
     Raises:
         UsageError: No backend has this name.
@@ -29,7 +33,7 @@ def get_backend(name: str | None, target: Target) -> Backend:
         what = f"backend {name!r} does not serve target {target}" if name else f"no backend serves target {target}"
         raise TargetError(what, hint=f"this version of xform has backends for {', '.join(served)}; use one of those")
     backend = BACKENDS[chosen]()
-    missing = backend.available(target)
+    missing = None if compile_only else backend.available(target)
     if missing is not None:
         raise TargetError(f"backend {chosen!r} is not available for target {target}: {missing}")
     return backend

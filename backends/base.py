@@ -28,12 +28,18 @@ class LowerOptions:
         verbatim: Write the operators of the graph as they are: for a graph that came in and is to stay what it is.
         attention: The first form to try for attention, where the backend has several: "packed" (projections taken in),
             "multi_head" (one operator on queries, keys and values), "written" (products and a softmax).
+        precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own.
+        compile: For torch: "off", or torch.compile of the lowered module ("inductor", "max-autotune") where it is faster.
+        compile_only: The result is not run here, so the device need not be here.
     """
 
     opset: int | None = None
     portable: bool = False
     verbatim: bool = False
     attention: str = "packed"
+    precision: str | None = None
+    compile: str = "off"
+    compile_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ def optimize(
     strict: bool = False,
     opset: int | None = None,
     portable: bool = False,
+    precision: str | None = None,
+    compile: str = "off",
+    compile_only: bool = False,
     progress: Progress | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
@@ -68,6 +71,11 @@ def optimize(
         strict: Raise where a pass would be rolled back or nothing could be compared.
         opset: ONNX opset of the result; by default the input's, unless an operator that pays needs a newer one.
         portable: Standard ONNX operators only.
+        precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own (backend
+            torch_triton).
+        compile: Run the result through torch.compile where that is faster: "off", "inductor" or "max-autotune" (backend
+            torch_triton).
+        compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         progress: Called with what is being done, steps done, and steps in all.
 
     Returns:
@@ -76,7 +84,9 @@ def optimize(
     Raises:
         UsageError, ModelError, VerificationError, TargetError: See `xform.errors`.
     """
-    lowering = LowerOptions(opset, portable)
+    lowering = LowerOptions(
+        opset, portable, precision=precision, compile=compile, compile_only=compile_only
+    )
     request = Request.of(target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress)
     if isinstance(model, torch.nn.Module | ExportedProgram):
         return _optimize_module(model, request, inputs, dynamic)

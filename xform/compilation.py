@@ -24,6 +24,7 @@ from xform.report.schema import Report, VerificationReport
 from xform.rewrite.passes import Fidelity, Pass
 from xform.target import Target
 
+_PRECISIONS = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _LOOSENESS: tuple[Fidelity, ...] = ("exact", "approximate", "trained")
 
 
@@ -72,7 +73,12 @@ class Request:
             raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")
         parsed = Target.parse(target)
         name = preset if passes is None else "custom"
-        where = get_backend(backend, parsed)
+        where = get_backend(backend, parsed, compile_only=lowering.compile_only)
+        if where.name != "torch_triton" and (lowering.precision is not None or lowering.compile != "off"):
+            raise UsageError(
+                f"backend {where.name!r} takes no `precision` and no `compile`",
+                hint="leave them out, or choose backend='torch_triton'",
+            )
         return Request(parsed, name, chosen, where, verify, strict, tolerance, lowering, progress)
 
     @property
@@ -153,9 +159,11 @@ def compile_graph(
     report = Report(source, str(request.target), request.preset, request.backend.name)
     compiled = Compiled(result.model, artifact, report, request.backend)
     verification = result.verification
-    if result.verifier is not None and verification.ok:
+    if request.lowering.compile_only:
+        report.warnings.append("what the backend made was not run and not compared: compile_only was asked for")
+    elif result.verifier is not None and verification.ok:
         start = time.perf_counter()
-        verification = _judge_artifact(compiled, result.verifier, request.fidelity)
+        verification = _judge_artifact(compiled, result.verifier, request)
         seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
         _refuse_failed(verification, f"what backend {request.backend.name!r} runs differs from the original")
     _fill(report, captured, compiled, result, verification, request)
@@ -176,7 +184,7 @@ def _refuse_failed(verification: Verification, what: str) -> None:
         )
 
 
-def _judge_artifact(compiled: Compiled, verifier: Verifier, fidelity: Fidelity) -> Verification:
+def _judge_artifact(compiled: Compiled, verifier: Verifier, request: Request) -> Verification:
     """Compare the loaded artifact, runtime optimizations included, with the reference."""
     runner = compiled.runner
     dtypes = {value.name: value.dtype for value in (*compiled.graph.graph.inputs, *compiled.graph.graph.outputs)}
@@ -185,7 +193,8 @@ def _judge_artifact(compiled: Compiled, verifier: Verifier, fidelity: Fidelity) 
         feeds = {name: _as_declared(array, dtypes.get(name)) for name, array in case.arrays.items()}
         outputs = [_as_compared(output) for output in runner.run(feeds)]
         results.append(dict(zip(runner.output_names, outputs, strict=True)))
-    return verifier.judge(results, fidelity)
+    precision = request.lowering.precision
+    return verifier.judge(results, request.fidelity, None if precision is None else _PRECISIONS[precision])
 
 
 def _as_declared(array: Any, dtype: ir.DataType | None) -> Any:

@@ -63,6 +63,15 @@ def optimize(
     strict: Annotated[bool, typer.Option("--strict", help="Fail where a pass would be undone.")] = False,
     opset: Annotated[int | None, typer.Option("--opset", help="Opset of the result; the input's if absent.")] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="Compute in float32, float16 or bfloat16 (backend torch_triton).")
+    ] = None,
+    compile: Annotated[
+        str, typer.Option("--compile", help="off, inductor or max-autotune (backend torch_triton).")
+    ] = "off",
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="Lower for a target that is not here, without running it.")
+    ] = False,
     require: Annotated[
         list[str] | None, typer.Option("--require", metavar="NAME>=N", help="What the result must contain (exit 4).")
     ] = None,
@@ -109,6 +118,9 @@ def optimize(
             strict=strict,
             opset=opset,
             portable=portable,
+            precision=precision,
+            compile=compile,
+            compile_only=compile_only,
             progress=advance,
         )
     try:

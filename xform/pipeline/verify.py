@@ -184,19 +184,24 @@ class Verifier:
             return Verification("failed", reason, notes=tuple(self.notes))
         return self.judge(results, fidelity)
 
-    def judge(self, results: Sequence[Outputs], fidelity: Fidelity = "exact") -> Verification:
+    def judge(
+        self, results: Sequence[Outputs], fidelity: Fidelity = "exact", computed_in: ir.DataType | None = None
+    ) -> Verification:
         """Compare outputs that a candidate gave, one set per entry of `cases`, however it was run.
+
+        Args:
+            computed_in: The dtype that the candidate computes floats in, where it is coarser than the model's.
 
         Raises:
             UsageError: The user's tolerance does not fit.
         """
-        errors = list(self._output_errors(self.references, results, fidelity))
+        errors = list(self._output_errors(self.references, results, fidelity, computed_in=computed_in))
         if all(error.agrees for error in errors):
             return Verification("ok", "", tuple(errors), tuple(self.notes))
         if self._is_random():
             return Verification("unverified", "the model gives other numbers at every run", notes=tuple(self.notes))
         noise = self._noise()
-        errors = list(self._output_errors(self.references, results, fidelity, noise))
+        errors = list(self._output_errors(self.references, results, fidelity, noise, computed_in))
         wrong = next((error for error in errors if not error.agrees and not error.noisy), None)
         if wrong is not None:
             reason = f"output {wrong.output!r} on {wrong.inputs}: {wrong.reason}"
@@ -220,12 +225,13 @@ class Verifier:
         results: Sequence[Outputs],
         fidelity: Fidelity,
         noise: Sequence[tuple[Outputs, Outputs]] | None = None,
+        computed_in: ir.DataType | None = None,
     ) -> Iterator[OutputError]:
         dtypes = {value.name: value.dtype for value in self.model.graph.outputs}
         for index, (case, reference, result) in enumerate(zip(self.cases, references, results, strict=True)):
             for name, expected in reference.items():
                 dtype = dtypes.get(name) or ir.DataType.FLOAT
-                limit = resolve_tolerance(self.tolerance, name, dtype, fidelity, self._computed_in)
+                limit = resolve_tolerance(self.tolerance, name, dtype, fidelity, computed_in or self._computed_in)
                 found = difference(result.get(name), expected, limit)
                 noisy = False
                 if noise is not None and not found.agrees:

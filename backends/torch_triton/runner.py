@@ -1,0 +1,153 @@
+"""Calling a lowered module with numpy arrays or torch tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from xform.backends.torch_triton.cuda_graphs import Replayer
+from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
+from xform.backends.torch_triton.lower.parameters import array_of, torch_of
+from xform.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from xform.backends.torch_triton import TorchArtifact
+
+_TIMED_CALLS = 7
+
+
+class TorchRunner:
+    """A module on its device, with the names and dtypes of its inputs and outputs.
+
+    The module runs without gradients. Outputs are on the device of the inputs.
+    """
+
+    def __init__(self, artifact: TorchArtifact) -> None:
+        graph = artifact.model.graph
+        self._artifact = artifact
+        self._device = torch.device(artifact.target.kind)
+        self._inputs = {value.name or "": value for value in graph.inputs}
+        self._required = [value.name or "" for value in graph.inputs if value.const_value is None]
+        self.input_names: tuple[str, ...] = tuple(self._inputs)
+        self.output_names: tuple[str, ...] = tuple(value.name or "" for value in graph.outputs)
+        self._module: Any = artifact.module.to(self._device)
+        self._call: Callable[..., Any] | None = None
+
+    def run(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """See `xform.backends.base.Runner.run`."""
+        if self._module is None:
+            raise UsageError("this runner was closed", hint="load the artifact again")
+        self._check_names(feeds)
+        devices = [value.device for value in feeds.values() if isinstance(value, torch.Tensor)]
+        tensors = [self._tensor(name, feeds[name]) if name in feeds else None for name in self.input_names]
+        if not self._artifact.examples:
+            self._artifact.examples = {
+                name: tensor.detach().clone() if isinstance(tensor, torch.Tensor) else tensor
+                for name, tensor in zip(self.input_names, tensors, strict=True)
+                if tensor is not None
+            }
+        with torch.no_grad():
+            try:
+                if self._call is None:
+                    self._call = self._chosen(tensors)
+                outputs = self._call(*tensors)
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise _run_error(error) from error
+        return [_output(output, devices[0] if devices else None) for output in outputs]
+
+    def close(self) -> None:
+        """See `xform.backends.base.Runner.close`."""
+        self._module = self._call = None
+
+    def _chosen(self, tensors: list[Any]) -> Callable[..., Any]:
+        """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
+        plain: Callable[..., Any] = self._module
+        if self._device.type == "cuda" and self._is_static():
+            plain = Replayer(self._module)
+        mode = self._artifact.compile
+        if mode == "off":
+            return plain
+        options: dict[str, Any] = {"mode": "max-autotune"} if mode == "max-autotune" else {}
+        compiled = torch.compile(self._module, dynamic=None if self._is_static() else True, **options)
+        contenders = {"off": plain, mode: compiled}
+        seconds = {name: _seconds(call, tensors, self._device) for name, call in contenders.items()}
+        chosen = min(seconds, key=lambda name: seconds[name])
+        self._artifact.metadata["compile"] = {"asked": mode, "chosen": chosen, "seconds": seconds}
+        return contenders[chosen]
+
+    def _is_static(self) -> bool:
+        shapes = [value.shape for value in self._inputs.values()]
+        return all(shape is not None and all(isinstance(dim, int) for dim in shape) for shape in shapes)
+
+    def _check_names(self, feeds: Mapping[str, Any]) -> None:
+        missing = [name for name in self._required if name not in feeds]
+        unknown = [name for name in feeds if name not in self._inputs]
+        if missing or unknown:
+            what = f"input {missing[0]!r} is missing" if missing else f"the model has no input named {unknown[0]!r}"
+            raise UsageError(what, hint=f"its inputs are: {', '.join(self.input_names) or 'none'}")
+
+    def _tensor(self, name: str, value: Any) -> Any:
+        """`value` as a tensor on the device, without a copy where it is there already."""
+        if value is None:
+            return None
+        if isinstance(value, (list, tuple)):
+            return [self._tensor_of(element) for element in value]
+        tensor = self._tensor_of(value)
+        declared = self._inputs[name]
+        if isinstance(declared.type, ir.TensorType):
+            _check(name, tensor, declared)
+        return tensor
+
+    def _tensor_of(self, value: Any) -> torch.Tensor:
+        tensor = value.detach() if isinstance(value, torch.Tensor) else torch_of(np.asarray(value))
+        return tensor.to(self._device)
+
+
+def _check(name: str, tensor: torch.Tensor, declared: ir.Value) -> None:
+    dtype = None if declared.dtype is None else TORCH_DTYPES.get(declared.dtype)
+    if dtype is not None and tensor.dtype is not dtype:
+        raise UsageError(f"input {name!r} is {tensor.dtype}, the model takes {dtype}", hint=f"convert it: .to({dtype})")
+    shape = declared.shape
+    if shape is None:
+        return
+    if len(shape) != tensor.ndim:
+        raise UsageError(f"input {name!r} has shape {tuple(tensor.shape)}, the model takes {shape}")
+    for axis, (dim, size) in enumerate(zip(shape, tensor.shape, strict=True)):
+        if isinstance(dim, int) and dim != size:
+            taken = f"the model takes {shape}: axis {axis} is fixed"
+            raise UsageError(f"input {name!r} has shape {tuple(tensor.shape)}, {taken}")
+
+
+def _output(output: Any, device: torch.device | None) -> Any:
+    """An output as the caller's kind of value: a tensor on `device`, or an array if that is None."""
+    if isinstance(output, (list, tuple)):
+        return [_output(element, device) for element in output]
+    if not isinstance(output, torch.Tensor):
+        return output
+    return array_of(output) if device is None else output.to(device)
+
+
+def _seconds(call: Callable[..., Any], tensors: list[Any], device: torch.device) -> float:
+    """The fastest of a few calls, after two that compile and warm up."""
+    best = float("inf")
+    for index in range(_TIMED_CALLS + 2):
+        start = time.perf_counter()
+        call(*tensors)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if index >= 2:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _run_error(error: Exception) -> TargetError:
+    lines = str(error).strip().splitlines()
+    return TargetError(
+        f"torch failed while running the model: {lines[0][:400] if lines else type(error).__name__}",
+        hint="check that the sizes of the inputs agree with each other; `xform verify` compares with the original",
+    )
