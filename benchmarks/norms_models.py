@@ -1,7 +1,7 @@
 """The models of benchmarks/norms.py: small transformers and timm architectures with random weights, and traps.
 
-Norm scales, norm shifts, biases, class tokens and position embeddings are drawn anew: initialized to ones and zeros they
-would hide a mean that is left in the stream.
+Norm scales, norm shifts, biases, class tokens and position embeddings are drawn anew: initialized to ones and zeros
+they would hide a mean that is left in the stream.
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ def cases() -> list[Case]:
     blocks = 2 * LAYERS + 1
     return [
         Case("vit", _hf(t.ViTForImageClassification, lambda: _vit("ViTConfig"), pixels), images(32), blocks),
-        Case("deit", _hf(t.DeiTForImageClassificationWithTeacher, lambda: _vit("DeiTConfig"), pixels), images(32), blocks),
+        Case(
+            "deit", _hf(t.DeiTForImageClassificationWithTeacher, lambda: _vit("DeiTConfig"), pixels), images(32), blocks
+        ),
         Case("gpt2", _hf(t.GPT2LMHeadModel, _gpt2, ("input_ids",)), tokens(), blocks),
         Case("opt", _hf(t.OPTForCausalLM, _opt, ("input_ids",)), tokens(), blocks),
         Case(

@@ -22,7 +22,14 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
-from xform.passes.normalize import LayerNormToRMSNorm
+from xform.passes.normalize import (
+    AbsorbNormAffine,
+    CompressRMSNorm,
+    LayerNormToRMSNorm,
+    LayerWiseScales,
+    MigrateScales,
+    WidenNormStatistics,
+)
 from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps
 from xform.rewrite.passes import Pass
 
@@ -43,6 +50,11 @@ PASSES: dict[str, type[Pass]] = {
         MergeAffineMaps,
         # normalize
         LayerNormToRMSNorm,
+        AbsorbNormAffine,
+        CompressRMSNorm,
+        LayerWiseScales,
+        MigrateScales,
+        WidenNormStatistics,
         # cleanup
         EliminateIdentities,
         FoldConstants,

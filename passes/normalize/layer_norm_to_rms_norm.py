@@ -7,8 +7,8 @@ channels. So nothing needs to write a mean. With P = I - 1 1^T / d, d the width:
     LN(x; g, b) = LN(P x; g, b) = RMS(P x; g) + b         since P x has mean zero; the same epsilon
     P (W x + c) = (P W) x + P c,    P (x + y) = P x + P y  and P commutes with everything that treats channels alike
 
-so every linear writer and every constant of the stream is recentred, in float64, and every LayerNormalization that reads
-it becomes RMSNormalization, followed by an Add where it has a bias that is not zero.
+so every linear writer and every constant of the stream is recentred, in float64, and every LayerNormalization that
+reads it becomes RMSNormalization, followed by an Add where it has a bias that is not zero.
 
 Rules
 1. `stream`: all of this for one stream (`xform.graph.streams`), at once. A constant that something else reads as well
@@ -27,14 +27,15 @@ result would have no groups. The pass is exact: only rounding differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.streams import Stream, Writer, normalized_axis
+from xform.graph.norms import normalized_axis
+from xform.graph.streams import Stream, Writer
 from xform.graph.values import ORIGIN, attribute, constant, display_name, is_constant
 from xform.passes.normalize.stream_cache import StreamCache
 from xform.passes.normalize.writers import mapped_constant, read_writer, recentred, unwritable
@@ -79,9 +80,9 @@ class ConvertStream(Rule):
         rebuilt = [j for j in stream.joins if any(_replaced(stream, j, i) for i in range(len(j.inputs)))]
         linear = [w for w in stream.writers if _in_place(w)]
         roots = [w.value for w in linear] + [o for j in rebuilt for o in j.outputs] + [n.outputs[0] for n in norms]
-        nodes = {number: n for number, n in enumerate([*norms, *(n for w in linear for n in w.nodes), *rebuilt])}
+        nodes: dict[Hashable, ir.Node] = dict(enumerate([*norms, *(n for w in linear for n in w.nodes), *rebuilt]))
         data = {"stream": stream, "linear": linear, "rebuilt": rebuilt}
-        yield Match(nodes=dict(nodes), roots=tuple(roots), data=data)
+        yield Match(nodes=nodes, roots=tuple(roots), data=data)
 
     def check(self, match: Match, context: PassContext) -> Failure | None:
         stream: Stream = match.data["stream"]

@@ -27,6 +27,9 @@ def inspect(
         bool, typer.Option("--counts", help="FLOPs, bytes and parameters per operator type instead of the dump.")
     ] = False,
     nodes: Annotated[bool, typer.Option("--nodes", help="With --counts: per node too.")] = False,
+    streams: Annotated[
+        bool, typer.Option("--streams", help="Residual streams, their writers and readers, instead of the dump.")
+    ] = False,
     size: Sizes = None,
     json: Json = False,
     debug: Debug = False,
@@ -34,7 +37,7 @@ def inspect(
     """Print a model as xform reads it: functions inlined, constants lifted, at the IR's opset.
 
     The dump goes to stdout, the summary and the tables of --counts to stderr. Dynamic dimensions count as 1 unless
-    --size gives a number.
+    --size gives a number. --streams raises norms and linear layers first, since streams are found by them.
     """
     from xform.capture.onnx_file import capture_onnx
     from xform.graph.count import count
@@ -60,13 +63,29 @@ def inspect(
     }
     session.document.update(summary)
     _say_summary(session, summary)
-    if counts:
+    if streams:
+        _show_streams(session, graph)
+    elif counts:
         session.document["counts"] = asdict(counted)
         _show_counts(session, counted, nodes)
     elif session.json:
         session.document["text"] = dump(graph)
     else:
         session.write(dump(graph))
+
+
+def _show_streams(session: Session, graph: ir.Model) -> None:
+    """The residual streams of the canonical graph: as text on stdout, or as data."""
+    from xform.graph.stream_view import describe, draw
+    from xform.graph.streams import find_streams
+    from xform.pipeline.manager import run_pipeline
+    from xform.pipeline.presets import resolve
+
+    canonical = run_pipeline(graph, resolve("exact"), verify="off").model
+    found = find_streams(canonical.graph)
+    session.document["streams"] = describe(found)
+    if not session.json:
+        session.write(draw(found))
 
 
 def _value(value: ir.Value) -> dict[str, Any]:

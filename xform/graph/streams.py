@@ -21,6 +21,7 @@ import networkx as nx
 import onnx_ir as ir
 
 from xform.graph.channel_axis import VIEWS, linear_axis, operands, results
+from xform.graph.norms import NORMS, normalized_axis
 from xform.graph.values import (
     attribute,
     constant_tensor,
@@ -34,7 +35,7 @@ from xform.graph.values import (
 
 WriterKind = Literal["linear", "constant", "other"]
 ReaderKind = Literal["layer_norm", "rms_norm", "other"]
-NORMS: dict[str, ReaderKind] = {"LayerNormalization": "layer_norm", "RMSNormalization": "rms_norm"}
+_KINDS: dict[str, ReaderKind] = {"LayerNormalization": "layer_norm", "RMSNormalization": "rms_norm"}
 Edge = tuple[ir.Node, int]  # a node and the index of one of its inputs
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 
@@ -121,16 +122,6 @@ def find_streams(graph: ir.Graph) -> list[Stream]:
     return _Search(graph).streams()
 
 
-def normalized_axis(node: ir.Node) -> int | None:
-    """The one axis of fixed size that a LayerNormalization or RMSNormalization runs over; None for everything else."""
-    if not is_op(node, *NORMS) or any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
-        return None
-    rank, shape = rank_of(node.inputs[0]), shape_of(node.inputs[0])
-    if not rank or shape is None or not isinstance(shape[-1], int) or shape[-1] < 2:
-        return None
-    return rank - 1 if int(attribute(node, "axis", -1)) % rank == rank - 1 else None
-
-
 _Place = tuple[ir.Value, int]  # a value and its channel axis
 
 
@@ -203,7 +194,7 @@ class _Search:
         constants = {(w.value, w.axis): w for p in places for w in self.constants[p]}
         writers = [_with_shared(self.writers[p], edges) for p in places if p in self.writers]
         writers += [w for place, w in constants.items() if place not in self.writers]
-        readers = [Reader(place[0], node, NORMS[node.op_type]) for node, place in norms]
+        readers = [Reader(place[0], node, _KINDS[node.op_type]) for node, place in norms]
         readers += self._outside(places, edges)
         width = (shape_of(places[0][0]) or ())[places[0][1]]
         assert isinstance(width, int)
@@ -236,7 +227,7 @@ def _writer(value: ir.Value, axis: int, chain: tuple[ir.Node, ...], reason: str)
         return Writer(value, axis, "constant")
     node = value.producer()
     if is_op(node, *NORMS) or _is_shifted_norm(value, axis):
-        reason = "is itself normalized (post-norm)"
+        reason = "is the result of another normalization, as in post-norm networks"
     elif is_op(node, "Conv", "ConvTranspose"):
         reason = "is a convolution in groups, which mixing all of its channels would undo"
     return Writer(value, axis, "other", reason=reason)

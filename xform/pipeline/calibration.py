@@ -1,0 +1,74 @@
+"""Ranges of activations, measured on a calibration batch by running the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.graph.clone import clone
+from xform.passes.normalize.ranges import ChannelRange
+from xform.patterns import norm as norms
+from xform.pipeline.oracle import Inputs, Session
+
+Run = Callable[[ir.Model, Inputs], Sequence[Any]]  # the outputs of a model, in order
+
+
+def norm_results(model: ir.Model) -> list[ir.Value]:
+    """What the norms of the main graph give, their biases included, where scale and bias are constant."""
+    found = [norms.read(node) for node in model.graph]
+    return [norm.output for norm in found if not isinstance(norm, str)]
+
+
+def observe(
+    model: ir.Model, batches: Iterable[Inputs], values: Sequence[ir.Value], run: Run | None = None
+) -> Iterable[list[Any]]:
+    """The arrays of `values` of the main graph, batch by batch.
+
+    Args:
+        model: Left as it is.
+        batches: Inputs by name.
+        values: Values of `model`.
+        run: How to run a graph; by default ONNX Runtime with its optimizations off.
+    """
+    observed = clone(model)
+    by_name = {v.name: v for node in observed.graph for v in node.outputs}
+    kept = len(observed.graph.outputs)
+    names = [value.name or "" for value in values]
+    extra = [by_name[name] for name in names if not by_name[name].is_graph_output()]
+    observed.graph.outputs.extend(extra)
+    order = {v.name: index for index, v in enumerate(observed.graph.outputs)}
+    assert len(order) == kept + len(extra)
+    if run is not None:
+        for batch in batches:
+            arrays = run(observed, batch)
+            yield [arrays[order[name]] for name in names]
+        return
+    with Session(observed) as session:
+        for batch in batches:
+            results: Mapping[str, Any] = session.run(batch)
+            yield [results[name] for name in names]
+
+
+def norm_ranges(model: ir.Model, batches: Iterable[Inputs], run: Run | None = None) -> dict[str, ChannelRange]:
+    """Smallest and largest value per channel of what every norm gives, over all batches.
+
+    Args:
+        model: A canonical graph; the passes that take the ranges must be given the same one.
+        batches: Inputs by name.
+        run: See `observe`.
+
+    Raises:
+        CouldNotRunError: The graph does not run on these inputs.
+    """
+    values = norm_results(model)
+    ranges: dict[str, ChannelRange] = {}
+    for arrays in observe(model, batches, values, run):
+        for value, array in zip(values, arrays, strict=True):
+            wide = np.asarray(array, np.float64).reshape(-1, np.shape(array)[-1])
+            here = ChannelRange(wide.min(axis=0), wide.max(axis=0))
+            name = value.name or ""
+            ranges[name] = ranges[name].joined(here) if name in ranges else here
+    return ranges
