@@ -21,6 +21,7 @@ from xform.optimized import Optimized, OptimizedGraph, OptimizedModule
 from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
 from xform.pipeline.tolerance import UserTolerance
+from xform.pipeline.tune import TuneMode
 from xform.rewrite.passes import Pass
 from xform.target import Target
 
@@ -47,6 +48,7 @@ def optimize(
     precision: str | None = None,
     compile: str = "off",
     compile_only: bool = False,
+    tune: TuneMode = "off",
     progress: Progress | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
@@ -71,6 +73,8 @@ def optimize(
         strict: Raise where a pass would be rolled back or nothing could be compared.
         opset: ONNX opset of the result; by default the input's, unless an operator that pays needs a newer one.
         portable: Standard ONNX operators only.
+        tune: Time lowerings, and other backends that are installed, on this machine, and keep the fastest: "off",
+            "quick" or "full". The model as it came is always among them. Decisions are remembered.
         precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own (backend
             torch_triton).
         compile: Run the result through torch.compile where that is faster: "off", "inductor" or "max-autotune" (backend
@@ -87,7 +91,9 @@ def optimize(
     lowering = LowerOptions(
         opset, portable, precision=precision, compile=compile, compile_only=compile_only
     )
-    request = Request.of(target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress)
+    request = Request.of(
+        target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune
+    )
     if isinstance(model, torch.nn.Module | ExportedProgram):
         return _optimize_module(model, request, inputs, dynamic)
     if not isinstance(model, str | os.PathLike | bytes | onnx.ModelProto | ir.Model):

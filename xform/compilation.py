@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,15 @@ from xform.graph.clone import SOURCE_OPSET
 from xform.pipeline.manager import Progress, VerifyMode, run_pipeline
 from xform.pipeline.oracle import Oracle
 from xform.pipeline.presets import PRESETS, resolve
+from xform.pipeline.random_inputs import random_inputs
 from xform.pipeline.result import PipelineResult, size_of
 from xform.pipeline.tolerance import UserTolerance
+from xform.pipeline.tune import INPUT, MODES, TuneMode, candidates, choose
 from xform.pipeline.verify import UserInputs, Verification, Verifier
 from xform.report.concepts import count_concepts
 from xform.report.schema import Report, VerificationReport
 from xform.rewrite.passes import Fidelity, Pass
+from xform.rewrite.remarks import Remark
 from xform.target import Target
 
 _PRECISIONS = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -41,6 +44,8 @@ class Request:
     tolerance: UserTolerance | None
     lowering: LowerOptions
     progress: Progress | None = None
+    tune: TuneMode = "off"
+    only_this_backend: bool = False
 
     @staticmethod
     def of(
@@ -54,6 +59,7 @@ class Request:
         strict: bool,
         lowering: LowerOptions,
         progress: Progress | None,
+        tune: TuneMode = "off",
     ) -> Request:
         """Check the arguments before any work is done.
 
@@ -71,6 +77,8 @@ class Request:
             )
         if verify not in ("off", "final", "each"):
             raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")
+        if tune not in MODES:
+            raise UsageError(f"tune must be one of {', '.join(MODES)}, not {tune!r}")
         parsed = Target.parse(target)
         name = preset if passes is None else "custom"
         where = get_backend(backend, parsed, compile_only=lowering.compile_only)
@@ -79,7 +87,8 @@ class Request:
                 f"backend {where.name!r} takes no `precision` and no `compile`",
                 hint="leave them out, or choose backend='torch_triton'",
             )
-        return Request(parsed, name, chosen, where, verify, strict, tolerance, lowering, progress)
+        one = backend is not None
+        return Request(parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one)
 
     @property
     def fidelity(self) -> Fidelity:
@@ -154,10 +163,10 @@ def compile_graph(
     )
     _refuse_failed(result.verification, "the optimized graph differs from the original")
     start = time.perf_counter()
-    artifact = request.backend.lower(result.model, request.target, request.lowering)
+    graph, backend, artifact = _lower(captured, result, request)
     seconds = {"capture": capture_seconds, **result.seconds, "lower": time.perf_counter() - start}
-    report = Report(source, str(request.target), request.preset, request.backend.name)
-    compiled = Compiled(result.model, artifact, report, request.backend)
+    report = Report(source, str(request.target), request.preset, backend.name)
+    compiled = Compiled(graph, artifact, report, backend)
     verification = result.verification
     if request.lowering.compile_only:
         report.warnings.append("what the backend made was not run and not compared: compile_only was asked for")
@@ -165,10 +174,27 @@ def compile_graph(
         start = time.perf_counter()
         verification = _judge_artifact(compiled, result.verifier, request)
         seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
-        _refuse_failed(verification, f"what backend {request.backend.name!r} runs differs from the original")
+        _refuse_failed(verification, f"what backend {backend.name!r} runs differs from the original")
     _fill(report, captured, compiled, result, verification, request)
     report.seconds = seconds
     return compiled
+
+
+def _lower(captured: ir.Model, result: PipelineResult, request: Request) -> tuple[ir.Model, Backend, Artifact]:
+    """The graph that was lowered, by which backend, and to what: by measurement where the request says so."""
+    if request.tune == "off":
+        return result.model, request.backend, request.backend.lower(result.model, request.target, request.lowering)
+    competing = candidates(
+        captured, result.model, request.backend, request.target, request.lowering,
+        mode=request.tune, only_this_backend=request.only_this_backend,
+    )  # fmt: skip
+    cases = result.verifier.cases if result.verifier is not None else []
+    feeds = dict(cases[0].arrays) if cases else random_inputs(captured)
+    chosen, artifact, decision = choose(competing, request.target, feeds, request.tune, request.progress)
+    artifact.metadata["tuning"] = {"mode": request.tune, **asdict(decision)}
+    concept = "attention" if "attention" in chosen.label else "tuning"
+    result.remarks.add(Remark("tune", request.tune, "applied", (), decision.describe(), concept))
+    return chosen.graph, chosen.backend, artifact
 
 
 def _refuse_failed(verification: Verification, what: str) -> None:
@@ -222,14 +248,18 @@ def _fill(
     report.opset_after = report.artifact.get("opset")
     report.placement = report.artifact.get("placement", {})
     report.before = size_of(captured)
-    report.after = size_of(result.model)
+    report.after = size_of(compiled.graph)
     report.passes = result.passes
     report.remarks = list(result.remarks)
-    report.concepts = count_concepts(result.model)
+    report.concepts = count_concepts(compiled.graph)
     report.verification = _verification_report(verification, request, result.verifier)
     report.warnings.extend(f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back)
     report.warnings.extend(captured.meta.get("xform.notes", ()))
     report.warnings.extend(verification.notes)
+    if report.artifact.get("tuning", {}).get("chosen") == INPUT:
+        report.warnings.append(
+            "nothing ran faster here than the model as it came, so the result is the model as it came"
+        )
     if verification.state == "unverified":
         report.warnings.append(f"the result is not verified: {verification.reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from xform.backends.onnxruntime.runner import OnnxRuntimeRunner
 
 __all__ = ["OnnxArtifact", "OnnxRuntimeBackend"]
+
+SESSION = "xform.session"  # metadata of a saved model: the settings of the session that it is meant to run in, as JSON
 
 
 @dataclass
@@ -54,7 +57,11 @@ class OnnxRuntimeBackend:
 
     def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> OnnxArtifact:
         """Lower a copy of `graph`; `metadata` says the opset, the domains, and which forms were chosen how often."""
+        from xform.backends.onnxruntime.session import SessionSettings, physical_cores
+
         model, forms = _lower.lower(graph, options)
+        session = asdict(SessionSettings(target.threads or physical_cores()))
+        model.metadata_props[SESSION] = json.dumps(session)
         operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata = {
             "opset": model.opset_imports.get("", 0),
@@ -63,6 +70,7 @@ class OnnxRuntimeBackend:
             "domains": sorted({node.domain or "ai.onnx" for node in model.graph.all_nodes()}),
             "lowered": forms,
             "operators": dict(sorted(operators.items())),
+            "session": session,
             "placement": {_available.PROVIDERS[0]: operators.total()},  # one provider, so every node runs there
         }
         return OnnxArtifact(self.name, target, metadata, model=model)

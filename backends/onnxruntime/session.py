@@ -26,11 +26,18 @@ class SessionSettings:
         intra_op_threads: Threads inside one operator: one per physical core, since hyperthreads share the vector units.
         inter_op_threads: Operators run one after the other; running them side by side only splits the same cores.
         graph_optimization: ONNX Runtime's own level. The lowered spellings rely on its fusions.
+        spinning: Threads wait for the next operator by spinning: faster for one model on cores of its own, wasteful
+            beside other work.
+        cpu_arena: Memory is kept between runs.
+        memory_pattern: Memory of static shapes is planned once.
     """
 
     intra_op_threads: int
     inter_op_threads: int = 1
     graph_optimization: str = "all"
+    spinning: bool = True
+    cpu_arena: bool = True
+    memory_pattern: bool = True
 
     def options(self) -> Any:
         """As ONNX Runtime takes them."""
@@ -38,6 +45,9 @@ class SessionSettings:
         options.intra_op_num_threads = self.intra_op_threads
         options.inter_op_num_threads = self.inter_op_threads
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.enable_cpu_mem_arena = self.cpu_arena
+        options.enable_mem_pattern = self.memory_pattern
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spinning)))
         options.log_severity_level = 3  # errors; they are raised as well
         return options
 

@@ -64,6 +64,9 @@ class OpenVinoBackend:
 
     def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> OpenVinoArtifact:
         """Lower a copy of `graph`. Raises TargetError where an input or output has a dtype that OpenVINO lacks."""
+        from xform.backends.onnxruntime.session import physical_cores
+        from xform.backends.openvino.compile import settings_for
+
         _refuse_dtypes(graph)
         opset = options.opset or min(source_opset(graph) or _NEWEST_OPSET, _NEWEST_OPSET)
         # norms are kept as one operator: OpenVINO runs MVN for them, and the written-out form slower
@@ -78,6 +81,7 @@ class OpenVinoBackend:
             "lowered": forms,
             "operators": dict(sorted(operators.items())),
             "placement": {"OpenVINO CPU": operators.total()},
+            "session": settings_for(target.threads or physical_cores()),
         }
         return OpenVinoArtifact(self.name, target, metadata, model=model)
 

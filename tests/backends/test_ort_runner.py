@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_the_default_backend_of_the_cpu_is_onnxruntime() -> None:
     assert get_backend(None, CPU).name == "onnxruntime"
 
 
-@pytest.mark.parametrize("target", ["cuda", "edge:aarch64"])
+@pytest.mark.parametrize("target", ["edge", "edge:aarch64"])
 def test_a_target_without_backend_is_refused_with_what_there_is(target: str) -> None:
     with pytest.raises(TargetError, match=f"no backend serves target {target}[\\s\\S]*cpu") as error:
         get_backend(None, Target.parse(target))
@@ -162,9 +163,21 @@ def test_the_session_fits_the_machine_and_is_recorded() -> None:
         "intra_op_threads": physical_cores(),
         "inter_op_threads": 1,
         "graph_optimization": "all",
+        "spinning": True,
+        "cpu_arena": True,
+        "memory_pattern": True,
     }
     assert artifact.metadata["opset"] == 23 and artifact.metadata["domains"] == ["ai.onnx"]
-    assert SessionSettings(3).options().intra_op_num_threads == 3
+    options = SessionSettings(3, spinning=False, cpu_arena=False, memory_pattern=False).options()
+    assert options.intra_op_num_threads == 3 and not options.enable_cpu_mem_arena and not options.enable_mem_pattern
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_the_settings_travel_with_the_saved_model(tmp_path: Path) -> None:
+    artifact = artifact_of(ADD)
+    saved = onnx.load(artifact.save(tmp_path / "add.onnx")[0])
+    properties = {p.key: p.value for p in saved.metadata_props}
+    assert json.loads(properties["xform.session"]) == artifact.metadata["session"]
 
 
 def test_threads_of_the_target_count() -> None:

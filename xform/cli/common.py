@@ -182,6 +182,14 @@ def verify_mode(text: str) -> Literal["off", "final", "each"]:
     return modes[text]
 
 
+def tune_mode(text: str) -> Literal["off", "quick", "full"]:
+    """How thoroughly lowerings are timed. Raises UsageError on anything else."""
+    modes: dict[str, Literal["off", "quick", "full"]] = {"off": "off", "quick": "quick", "full": "full"}
+    if text not in modes:
+        raise UsageError(f"--tune {text!r} is unknown", hint="use off, quick or full")
+    return modes[text]
+
+
 def split_names(text: str | None) -> list[str] | None:
     """`"a, b"` to ["a", "b"]; None stays."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]

@@ -29,6 +29,7 @@ from xform.cli.common import (
     parse_sizes,
     read_inputs,
     session_of,
+    tune_mode,
     verify_mode,
 )
 from xform.cli.demands import Budgets, Requirement, check_requirements, parse_requirement, requirements_found
@@ -84,6 +85,9 @@ def optimize(
     max_error: Annotated[
         float | None, typer.Option("--max-error", min=0, help="Relative error allowed in the end (exit 6).")
     ] = None,
+    tune: Annotated[
+        str, typer.Option("--tune", help="Time lowerings on this machine and keep the fastest: off, quick or full.")
+    ] = "off",
     measure: Annotated[bool, typer.Option("--measure", help="Measure latency before and after.")] = False,
     size: Sizes = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the report here: .json or .html.")] = None,
@@ -121,6 +125,7 @@ def optimize(
             precision=precision,
             compile=compile,
             compile_only=compile_only,
+            tune=tune_mode(tune),
             progress=advance,
         )
     try:
@@ -175,12 +180,14 @@ def _measure_latency(
     """Latency of the model as it came and of the result, in turn."""
     from xform.capture.onnx_file import capture_onnx
     from xform.pipeline.random_inputs import random_inputs
-    from xform.report.latency import compare
+    from xform.report.latency import Deployed, compare
 
     complete = random_inputs(capture_onnx(model), 0, sizes, feeds)
     with tempfile.TemporaryDirectory(prefix="xform-") as folder, progress_bar(session, "measuring") as advance:
         after = result.save(Path(folder, "model.onnx"))[0]
-        return compare(model, after, complete, progress=advance)
+        settings = result.artifact.metadata.get("session", {})
+        deployed = Deployed(after, result.report.backend, settings if result.report.backend == "openvino" else {})
+        return compare(model, deployed, complete, progress=advance)
 
 
 def _save(session: Session, result: Optimized, output: Path) -> None:

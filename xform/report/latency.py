@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,21 @@ from xform.report.schema import LatencyReport
 
 _WORKER = Path(__file__).with_name("latency_worker.py")
 _PAUSE = 0.05  # seconds for the threads of the one before to stop spinning
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A file with what runs it.
+
+    Attributes:
+        model: The file.
+        backend: "onnxruntime" or "openvino".
+        settings: As in the artifact's metadata, "session"; none for the runtime's own defaults.
+    """
+
+    model: Path
+    backend: str = "onnxruntime"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Timing:
 
 
 def measure(
-    models: Sequence[Path],
+    models: Sequence[Path | Deployed],
     feeds: Mapping[str, Any],
     *,
     rounds: int = 7,
@@ -61,7 +76,7 @@ def measure(
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Timing]:
-    """Measure ONNX files with ONNX Runtime's default settings.
+    """Measure models, each with what runs it: a bare path stands for ONNX Runtime with its default settings.
 
     Args:
         models: The contenders.
@@ -82,14 +97,15 @@ def measure(
         workers: list[_Contender] = []
         try:
             for model in models:
-                workers.append(_Contender(model, inputs, threads))
+                subject = model if isinstance(model, Deployed) else Deployed(model)
+                workers.append(_Contender(subject, inputs, threads))
             return _take_turns(workers, rounds, seconds, progress)
         finally:
             for worker in workers:
                 worker.close()
 
 
-def compare(before: Path, after: Path, feeds: Mapping[str, Any], **options: Any) -> LatencyReport:
+def compare(before: Path | Deployed, after: Path | Deployed, feeds: Mapping[str, Any], **options: Any) -> LatencyReport:
     """Latency before and after, for a report. Options as for `measure`."""
     old, new = measure([before, after], feeds, **options)
     rounds, threads = len(old.rounds_ms), options.get("threads")
@@ -121,14 +137,15 @@ def _take_turns(
 class _Contender:
     """A worker process with one model loaded."""
 
-    def __init__(self, model: Path, feeds: Path, threads: int | None) -> None:
-        self.model = model
+    def __init__(self, subject: Deployed, feeds: Path, threads: int | None) -> None:
+        self.model = subject.model
         # -P keeps the worker's folder off its module path: files there must not shadow installed modules
         command = [sys.executable, "-P", str(_WORKER)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self._ask({"model": str(model), "feeds": str(feeds), "threads": threads})
+        how = {"backend": subject.backend, "settings": dict(subject.settings)}
+        self._ask({"model": str(subject.model), "feeds": str(feeds), "threads": threads, **how})
 
     def round(self, seconds: float) -> list[float]:
         """Milliseconds of each run of one round."""
@@ -147,7 +164,7 @@ class _Contender:
         answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
         if "error" in answer:
             self.close()
-            raise TargetError(f"ONNX Runtime could not run the model: {answer['error']}", where=str(self.model))
+            raise TargetError(f"the runtime could not run the model: {answer['error']}", where=str(self.model))
         return answer
 
     def _last_words(self) -> str:

@@ -1,0 +1,169 @@
+"""The measured choice: what competes, who wins, what is remembered. No clock: measurements are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import parse
+
+import xform
+from xform.backends import LowerOptions, get_backend
+from xform.errors import TargetError, UsageError
+from xform.pipeline import tune
+from xform.report.latency import Deployed, Timing
+from xform.target import Target
+
+CPU = Target("cpu", threads=1)
+GRAPH = """g (float[b,4] x) => (float[b,4] y) { e = Div(x, x) y = Add(e, x) }"""
+FEEDS = {"x": np.ones((2, 4), np.float32)}
+
+
+class Clock:
+    """Stands in for `measure`: milliseconds by file number, in the order of the candidates."""
+
+    def __init__(self, milliseconds: Sequence[float]) -> None:
+        self.milliseconds = milliseconds
+        self.calls = 0
+        self.broken: set[int] = set()
+
+    def __call__(self, subjects: Sequence[Deployed], feeds: Mapping[str, Any], **options: Any) -> list[Timing]:
+        self.calls += 1
+        numbers = [int(subject.model.stem) for subject in subjects]
+        if self.broken.intersection(numbers):
+            raise TargetError("the runtime could not run the model: no kernel")
+        return [Timing(s.model, (self.milliseconds[n],) * 3, 3, 1.0) for s, n in zip(subjects, numbers, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XFORM_CACHE", str(tmp_path))
+    yield
+
+
+def competing(mode: tune.TuneMode = "quick") -> list[tune.Candidate]:
+    model = parse(GRAPH)
+    return tune.candidates(
+        model, model, get_backend("onnxruntime", CPU), CPU, LowerOptions(), mode=mode, only_this_backend=True
+    )
+
+
+def decide(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> tune.Decision:
+    monkeypatch.setattr(tune, "measure", clock)
+    return tune.choose(competing(), CPU, FEEDS, "quick")[2]
+
+
+def test_the_model_as_it_came_competes_and_comes_last() -> None:
+    assert [c.label for c in competing()] == ["onnxruntime", "input"]
+    assert competing()[-1].options.verbatim
+
+
+def test_forms_of_attention_compete_where_there_is_one() -> None:
+    model = parse("g (float[1,2,3,4] q) => (float[1,2,3,4] y) { y = Attention(q, q, q) }")
+    backend = get_backend("onnxruntime", CPU)
+
+    def labels(mode: tune.TuneMode, options: LowerOptions) -> list[str]:
+        found = tune.candidates(model, model, backend, CPU, options, mode=mode, only_this_backend=True)
+        return [c.label for c in found]
+
+    forms = ["onnxruntime, attention multi_head", "onnxruntime, attention written"]
+    assert labels("full", LowerOptions()) == ["onnxruntime", *forms, "input"]
+    assert labels("quick", LowerOptions()) == ["onnxruntime", "input"]
+    assert labels("full", LowerOptions(portable=True)) == ["onnxruntime", "input"]
+
+
+def test_other_backends_compete_unless_one_was_named() -> None:
+    pytest.importorskip("openvino")
+    model, backend = parse(GRAPH), get_backend("onnxruntime", CPU)
+
+    def labels(options: LowerOptions, named: bool) -> list[str]:
+        found = tune.candidates(model, model, backend, CPU, options, mode="quick", only_this_backend=named)
+        return [c.label for c in found]
+
+    assert labels(LowerOptions(), False) == ["onnxruntime", "openvino", "input"]
+    assert labels(LowerOptions(), True) == ["onnxruntime", "input"]
+    assert labels(LowerOptions(portable=True), False) == ["onnxruntime", "input"]
+
+
+def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = decide(monkeypatch, Clock([1.0, 2.0]))
+    assert decision.chosen == "onnxruntime"
+    assert decision.speedups == {"onnxruntime": 2.0, "input": 1.0}
+    assert "chose onnxruntime" in decision.describe()
+
+
+def test_the_input_stays_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(monkeypatch, Clock([1.1, 1.0])).chosen == "input"
+    assert decide(monkeypatch, Clock([1.001, 1.0])).remembered  # the same question
+
+
+def test_between_equals_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(monkeypatch, Clock([1.0, 1.0])).chosen == "onnxruntime"
+
+
+def test_a_decision_is_remembered_and_needs_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock([1.0, 2.0])
+    first = decide(monkeypatch, clock)
+    calls = clock.calls
+    again = decide(monkeypatch, clock)
+    assert clock.calls == calls and again.remembered and not first.remembered
+    assert (again.chosen, again.milliseconds) == (first.chosen, first.milliseconds)
+
+
+def test_weights_do_not_matter_for_what_is_remembered_but_sizes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(number: float, rows: int) -> str:
+        model = parse(
+            f"g (float[b,4] x) => (float[b,4] y) <float[4] w = {{{number}, 2.0, 3.0, 4.0}}> {{ y = Add(x, w) }}"
+        )
+        found = tune.candidates(
+            model, model, get_backend("onnxruntime", CPU), CPU, LowerOptions(), mode="quick", only_this_backend=True
+        )
+        monkeypatch.setattr(tune, "measure", Clock([1.0, 2.0]))
+        return tune.choose(found, CPU, {"x": np.ones((rows, 4), np.float32)}, "quick")[2].key
+
+    assert key(1.0, 2) == key(5.0, 2) != key(1.0, 3)
+
+
+def test_a_damaged_memory_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = decide(monkeypatch, Clock([1.0, 2.0])).key
+    file = tune.cache_folder() / f"{key}.json"
+    file.write_text("{")
+    assert not decide(monkeypatch, Clock([1.0, 2.0])).remembered
+    assert decide(monkeypatch, Clock([1.0, 2.0])).remembered
+
+
+def test_a_candidate_that_does_not_run_is_told_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock([1.0, 2.0])
+    clock.broken = {0}
+    decision = decide(monkeypatch, clock)
+    assert decision.chosen == "input" and "no kernel" in decision.failed["onnxruntime"]
+    clock.broken = {0, 1}
+    with pytest.raises(TargetError, match="none of the lowerings runs here"):
+        tune.choose(competing(), CPU, {"x": np.ones((9, 4), np.float32)}, "quick")
+
+
+def test_the_result_of_optimize_is_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse("g (float[2,4] x) => (float[2,4] y) { a = Identity(x) b = Identity(a) y = Add(b, x) }")
+    monkeypatch.setattr(tune, "measure", Clock([3.0, 3.0, 1.0]))
+    kept = xform.optimize(model, "cpu", tune="quick", backend="onnxruntime")
+    assert kept.artifact.metadata["tuning"]["chosen"] in ("input", "onnxruntime")
+    monkeypatch.setattr(tune, "measure", Clock([3.0, 1.0, 1.0]))
+    kept = xform.optimize(model, "cpu", tune="full", backend="onnxruntime")
+    assert kept.report.artifact["tuning"]["chosen"] == "input"
+    assert any("as it came" in warning for warning in kept.report.warnings)
+    np.testing.assert_array_equal(kept(np.ones((2, 4), np.float32))["y"], 2 * np.ones((2, 4)))
+    assert [r.rule for r in kept.report.about("tuning")] == ["full"]
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(UsageError, match="tune must be one of"):
+        xform.optimize(parse(GRAPH), tune="fast")  # type: ignore[arg-type]
+
+
+def test_a_real_measurement_ends_with_a_working_result() -> None:
+    result = xform.optimize(parse(GRAPH), "cpu", tune="quick", inputs=FEEDS, backend="onnxruntime")
+    assert set(result.artifact.metadata["tuning"]["milliseconds"]) == {"onnxruntime", "input"}
+    np.testing.assert_array_equal(result(FEEDS)["y"], 2 * np.ones((2, 4)))

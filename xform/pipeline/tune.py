@@ -1,0 +1,242 @@
+"""Measured choice: where several lowerings compete, the one that runs fastest on this machine.
+
+Each candidate is lowered, saved, and run in a process of its own with the settings of its artifact; they take turns,
+and are compared round by round (`xform.report.latency`). The model as it came is always among them: if nothing is
+faster, it is what the user gets. A decision is remembered by what the graphs are (without the numbers in their
+weights), the machine, the versions of the runtimes and the sizes of the inputs, so that the same call decides the same
+without a clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.backends import BACKENDS, Artifact, Backend, LowerOptions
+from xform.errors import TargetError, XformError
+from xform.graph.atomic import write_bytes
+from xform.graph.fingerprint import fingerprint
+from xform.report.environment import Environment
+from xform.report.latency import Deployed, measure
+from xform.target import Target
+
+TuneMode = Literal["off", "quick", "full"]
+MODES: tuple[TuneMode, ...] = ("off", "quick", "full")
+
+INPUT = "input"
+_MEASURABLE = ("onnxruntime", "openvino")  # backends whose artifacts `measure` can run
+_ROUNDS = {"quick": 5, "full": 9}
+_SECONDS = {"quick": 0.15, "full": 0.5}  # of one candidate in one round
+_SAME = 1.02  # a speedup below it is noise: between equals the first one stays
+_FORMAT = 1  # of a remembered decision
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the model.
+
+    Attributes:
+        label: Name in reports.
+        graph: What is lowered.
+        backend: What lowers it.
+        options: How.
+    """
+
+    label: str
+    graph: ir.Model
+    backend: Backend
+    options: LowerOptions
+
+
+@dataclass
+class Decision:
+    """What was chosen.
+
+    Attributes:
+        chosen: Label.
+        speedups: How many times as fast as the model as it came each candidate was.
+        milliseconds: Median latency of each.
+        failed: Why a candidate could not be measured.
+        remembered: Whether it was decided in an earlier run.
+        key: Under which it is remembered.
+    """
+
+    chosen: str
+    speedups: dict[str, float] = field(default_factory=dict)
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    remembered: bool = False
+    key: str = ""
+
+    def describe(self) -> str:
+        """One line for a remark."""
+        times = ", ".join(f"{label} {ms:.3g} ms" for label, ms in sorted(self.milliseconds.items(), key=lambda i: i[1]))
+        return f"chose {self.chosen}{', as remembered' if self.remembered else ''} ({times})"
+
+
+def candidates(
+    captured: ir.Model,
+    optimized: ir.Model,
+    backend: Backend,
+    target: Target,
+    options: LowerOptions,
+    *,
+    mode: TuneMode,
+    only_this_backend: bool,
+) -> list[Candidate]:
+    """The lowerings to compare, the default one first and the model as it came last."""
+    found = [Candidate(backend.name, optimized, backend, options)]
+    if mode == "full" and backend.name == "onnxruntime" and not options.portable and _has_attention(optimized):
+        for form in ("multi_head", "written"):
+            variant = LowerOptions(options.opset, attention=form)
+            found.append(Candidate(f"{backend.name}, attention {form}", optimized, backend, variant))
+    if not (only_this_backend or options.portable or options.opset is not None):
+        for name, kind in BACKENDS.items():
+            other = kind()
+            if (
+                name != backend.name
+                and name in _MEASURABLE
+                and target.kind in other.kinds
+                and not other.available(target)
+            ):
+                found.append(Candidate(name, optimized, other, options))
+    if backend.name in _MEASURABLE:
+        found.append(Candidate(INPUT, captured, backend, LowerOptions(options.opset, options.portable, verbatim=True)))
+    return found
+
+
+def _has_attention(model: ir.Model) -> bool:
+    return any(node.op_type == "Attention" for node in model.graph.all_nodes())
+
+
+def choose(
+    competing: Sequence[Candidate],
+    target: Target,
+    feeds: Mapping[str, Any],
+    mode: TuneMode,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Candidate, Artifact, Decision]:
+    """The fastest candidate, lowered.
+
+    Args:
+        competing: See `candidates`; the first that lowers is taken where nothing differs.
+        feeds: Inputs by name to measure with.
+        progress: As for `measure`.
+
+    Raises:
+        TargetError: None of them can be lowered and run.
+    """
+    key = _key(competing, target, feeds, mode)
+    known = _recall(key, [c.label for c in competing])
+    if known is not None:
+        chosen = next(c for c in competing if c.label == known.chosen)
+        return chosen, chosen.backend.lower(chosen.graph, target, chosen.options), known
+    artifacts: dict[str, Artifact] = {}
+    decision = Decision("", key=key)
+    for candidate in competing:
+        try:
+            artifacts[candidate.label] = candidate.backend.lower(candidate.graph, target, candidate.options)
+        except XformError as error:
+            decision.failed[candidate.label] = error.what
+    _measure(artifacts, feeds, mode, decision, progress)
+    if not decision.milliseconds:
+        reason = next(iter(decision.failed.values()), "there are none")
+        raise TargetError(f"none of the lowerings runs here: {reason}", hint="use tune='off' to see the error in full")
+    baseline = INPUT if INPUT in decision.milliseconds else next(iter(decision.milliseconds))
+    decision.chosen = _fastest(decision, [c.label for c in competing], baseline)
+    _remember(decision)
+    chosen = next(c for c in competing if c.label == decision.chosen)
+    return chosen, artifacts[decision.chosen], decision
+
+
+def _measure(
+    artifacts: Mapping[str, Artifact],
+    feeds: Mapping[str, Any],
+    mode: TuneMode,
+    decision: Decision,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="xform-tune-") as folder:
+        subjects = {}
+        for index, (label, artifact) in enumerate(artifacts.items()):
+            path = Path(folder, f"{index}.onnx")
+            artifact.save(path)
+            subjects[label] = Deployed(path, artifact.backend, dict(artifact.metadata.get("session", {})))
+        running = {}
+        for label, subject in subjects.items():
+            try:
+                measure([subject], feeds, rounds=1, seconds=0.0)
+                running[label] = subject
+            except TargetError as error:
+                decision.failed[label] = error.what
+        timings = measure(
+            list(running.values()), feeds, rounds=_ROUNDS[mode], seconds=_SECONDS[mode], progress=progress
+        )
+    by_label = dict(zip(running, timings, strict=True))
+    decision.milliseconds = {label: round(timing.median_ms, 4) for label, timing in by_label.items()}
+    baseline = by_label.get(INPUT) or next(iter(by_label.values()), None)
+    if baseline is not None:
+        decision.speedups = {label: round(t.speedup_over(baseline), 4) for label, t in by_label.items()}
+
+
+def _fastest(decision: Decision, labels: Sequence[str], baseline: str) -> str:
+    """The label with the largest speedup; an earlier one that is as fast but for noise goes first, the input last.
+
+    The model as it came stays where it is as fast as the best: then the rewriting has won nothing.
+    """
+    speedups = {label: decision.speedups[label] for label in labels if label in decision.speedups}
+    best = max(speedups.values())
+    if best < 1.0 and baseline in speedups:
+        return baseline
+    return next(label for label, speedup in speedups.items() if speedup * _SAME >= best)
+
+
+def _key(competing: Sequence[Candidate], target: Target, feeds: Mapping[str, Any], mode: TuneMode) -> str:
+    here = Environment.here()
+    graphs = {id(c.graph): c.graph for c in competing}
+    prints = {at: fingerprint(graph, weights=False) for at, graph in graphs.items()}
+    said = {
+        "format": _FORMAT,
+        "candidates": [(c.label, c.backend.name, prints[id(c.graph)], asdict(c.options)) for c in competing],
+        "target": asdict(target),
+        "sizes": {name: list(np.shape(array)) for name, array in feeds.items()},
+        "mode": mode,
+        "machine": [here.system, here.processor, here.cores, list(here.cpu_features)],
+        "versions": {name: here.versions.get(name) for name in ("xform", *_MEASURABLE)},
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where decisions are remembered: XFORM_CACHE, else the user's cache folder."""
+    given = os.environ.get("XFORM_CACHE")
+    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xform"
+    return base / "tuning"
+
+
+def _recall(key: str, labels: Sequence[str]) -> Decision | None:
+    path = cache_folder() / f"{key}.json"
+    try:
+        data = json.loads(path.read_text())
+        found = Decision(**{**data, "remembered": True})
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: measuring again replaces it
+        return None
+    return found if found.chosen in labels else None
+
+
+def _remember(decision: Decision) -> None:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / f"{decision.key}.json", json.dumps(asdict(decision), indent=1).encode())
+    except (OSError, XformError):  # a cache that cannot be written costs a measurement next time, nothing else
+        return
