@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, attribute, display_name, is_op, rank_of
+from xform.graph.values import Array, attribute, is_op, rank_of
 from xform.passes.reparameterize.affine_map import AffineMap
-from xform.passes.reparameterize.affine_read import FLOATS
 from xform.passes.reparameterize.affine_region import Region, Term, as_product, factor_and_shift
 from xform.passes.reparameterize.channel_path import rebuild
-from xform.passes.reparameterize.linear_map import narrowed, overflows
+from xform.passes.reparameterize.linear_map import FLOATS, narrowed, overflows
 from xform.rewrite.builder import Builder
 
 
@@ -169,19 +168,3 @@ def _output_padding(part: AffineMap) -> tuple[int, ...] | None:
     window = part.window
     fits = all(x < max(s, d) for x, s, d in zip(extra, window.strides, window.dilations, strict=True))
     return extra if fits else None
-
-
-def shared_weights(nodes: Sequence[ir.Node]) -> list[str]:
-    """Constants of `nodes` that other nodes read as well; they stay, and the merged map has a copy of its own."""
-    inside = set(nodes)
-    names: dict[str, None] = {}
-    for node in nodes:
-        for value in node.inputs:
-            if value is None or value.producer() is not None or value.const_value is None:
-                continue
-            if value.dtype not in FLOATS or value.const_value.size < 2:
-                continue
-            readers = [use.node for use in value.uses() if use.node not in inside]
-            if readers:
-                names[f"{value.name} (read by {display_name(readers[0])} too)"] = None
-    return list(names)

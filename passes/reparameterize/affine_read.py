@@ -28,9 +28,9 @@ from xform.graph.values import Array, attribute, constant, display_name, is_op, 
 from xform.passes.reparameterize.affine_map import AffineMap, Arrays, Window, identity, scaling
 from xform.passes.reparameterize.channel_path import affine_of
 from xform.passes.reparameterize.constant_expression import evaluate, expression
+from xform.passes.reparameterize.linear_map import FLOATS
 from xform.patterns import batch_norm
 
-FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 DENSE = ("Conv", "ConvTranspose", "MatMul")
 OPERATORS = (*DENSE, "BatchNormalization", "Add", "Sub", "Sum", "Mul", "Div", "Neg", "AveragePool", "Pad")
 QUIET_REASON = ""  # not affine at all, about which there is nothing to tell
@@ -108,7 +108,9 @@ def outputs_of(node: ir.Node, axis: int) -> int | None:
 def is_zero(value: ir.Value | None) -> bool:
     """Whether a constant consists of zeros; False for one of more than `SMALL_WEIGHT` elements, which is not read."""
     array = constant(value, max_elements=SMALL_WEIGHT)
-    return array is not None and not np.any(array)
+    if array is None or np.any(array.reshape(-1)[:64]):  # most weights are told by their first numbers
+        return False
+    return not np.any(array)
 
 
 def weight_problem(value: ir.Value | None, node: ir.Node, lenient: bool = False) -> str | None:
@@ -283,7 +285,11 @@ def _window(node: ir.Node, kernel: tuple[int, ...], *, transposed: bool) -> Wind
     if auto_pad == "VALID":
         pads = [0] * (2 * rank)
     elif auto_pad not in ("NOTSET", ""):
-        return f"{display_name(node)} leaves its padding to the runtime ({auto_pad})"
+        sizes = (shape_of(node.inputs[0]) or ())[2:]
+        same = _same_pads(sizes, kernel, strides, dilations, upper=auto_pad == "SAME_UPPER") if not transposed else None
+        if same is None:
+            return f"{display_name(node)} leaves its padding to the runtime ({auto_pad})"
+        pads = same
     if any(p < 0 for p in pads) or rank == 0:
         return f"{display_name(node)} crops its operand"
     begins, ends = tuple(pads[:rank]), tuple(pads[rank:])
@@ -296,6 +302,25 @@ def _window(node: ir.Node, kernel: tuple[int, ...], *, transposed: bool) -> Wind
     extra = tuple(attribute(node, "output_padding", None) or (0,) * rank)
     slack = tuple(r + x - b - e for b, e, r, x in zip(begins, ends, reach, extra, strict=True))
     return Window(tuple(kernel), strides, dilations, begins, slack)
+
+
+def _same_pads(
+    sizes: Sequence[int | str | None],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    *,
+    upper: bool,
+) -> list[int] | None:
+    """Padding of SAME_UPPER and SAME_LOWER, begins then ends, where the sizes are static."""
+    begins, ends = [], []
+    for size, k, s, d in zip(sizes, kernel, strides, dilations, strict=False):
+        if not isinstance(size, int):
+            return None
+        total = max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
+        begins.append(total // 2 if upper else total - total // 2)
+        ends.append(total - begins[-1])
+    return [*begins, *ends] if len(begins) == len(kernel) else None
 
 
 def _wide(value: ir.Value | None) -> Array:

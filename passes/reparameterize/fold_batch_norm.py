@@ -109,7 +109,8 @@ def _match(node: ir.Node, folds: Sequence[_Fold]) -> Match:
     nodes: dict[Hashable, ir.Node] = {
         f"{i}.{j}": n for i, fold in enumerate(folds) for j, n in enumerate(fold.absorbed)
     }
-    return Match(nodes={"norm": node, **nodes}, roots=tuple(f.root for f in folds), data={"folds": folds})
+    note = linear_map.shared_note([node, *nodes.values()])
+    return Match(nodes={"norm": node, **nodes}, roots=tuple(f.root for f in folds), data={"folds": folds}, note=note)
 
 
 def _exposed(value: ir.Value) -> str | None:

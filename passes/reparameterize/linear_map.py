@@ -13,15 +13,17 @@ With c = 0 it holds always.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, attribute, constant, constant_tensor, is_op, rank_of
+from xform.graph.values import Array, attribute, constant, constant_tensor, display_name, is_op, rank_of
 from xform.rewrite.builder import Builder
 
+FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -155,7 +157,7 @@ def read(node: ir.Node) -> LinearMap | str:
         return f"the weight of {kind} does not divide into {group} groups"
     if kind == "Gemm" and attribute(node, "transA", 0):
         return "Gemm transposes its operand"
-    if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+    if tensor.dtype not in FLOATS:
         return f"the weight of {kind} is of type {tensor.dtype.name}"
     given = node.inputs[2] if len(node.inputs) > 2 and kind != "MatMul" else None
     bias = constant(given)
@@ -189,3 +191,19 @@ def overflows(array: Array | None, dtype: ir.DataType) -> bool:
     with np.errstate(over="ignore"):
         rounded = array.astype(dtype.numpy()).astype(np.float64)
     return bool(np.any(np.isfinite(array) & ~np.isfinite(rounded)))
+
+
+def shared_note(nodes: Sequence[ir.Node]) -> str:
+    """For the remark: weights of `nodes` that others read too; those stay, and the merged map has copies of its own."""
+    inside = set(nodes)
+    names: dict[str, None] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.const_value is None:
+                continue
+            if value.dtype not in FLOATS or value.const_value.size < 2:
+                continue
+            readers = [use.node for use in value.uses() if use.node not in inside]
+            if readers:
+                names[f"{value.name} (read by {display_name(readers[0])} too)"] = None
+    return f"has a copy of its own of {', '.join(names)}" if names else ""

@@ -51,6 +51,7 @@ from xform.passes.reparameterize.bias_padding import BiasPadding
 from xform.passes.reparameterize.channel_path import VIEWS, affine_of, axis_after
 from xform.passes.reparameterize.fold_batch_norm import FoldIntoLinear
 from xform.passes.reparameterize.join_branches import WidenFeedForward
+from xform.passes.reparameterize.linear_map import shared_note
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
 from xform.rewrite.passes import RewritePass
@@ -190,8 +191,7 @@ def _worth(region: Region) -> float:
 
 def _match(region: Region) -> Match:
     saved = region.saved()
-    shared = affine_build.shared_weights([*saved, *region.saved_constants()])
-    note = f"has a copy of its own of {', '.join(shared)}" if shared else ""
+    note = shared_note([*saved, *region.saved_constants()])
     return Match(
         nodes=dict(enumerate([*saved, *region.saved_constants()])),
         roots=tuple(value for value, _ in region.roots),

@@ -9,6 +9,7 @@ import pytest
 from support import ops, parse, rewritten, run
 
 from xform.passes.reparameterize import MergeAffineMaps
+from xform.rewrite.passes import PassContext
 
 
 def applied(remarks):
@@ -488,3 +489,34 @@ def test_two_heads_that_are_averaged_become_one():
                s = Add (i, k) y = Div (s, two)"""
     model, _ = check(body, constants, (4, 6), "[4,M]")
     assert ops(model) == ["MatMul", "Add"]
+
+
+@pytest.mark.parametrize("side", ["SAME_UPPER", "SAME_LOWER"])
+def test_padding_left_to_the_runtime_is_computed_where_shapes_are_static(side):
+    """TensorFlow's exports; an even kernel and a stride, so that the sides differ."""
+    constants = {"w": normal(6, 6, 4, 4), "v": normal(6, 6, 4, 4)}
+    body = f"""a = Conv <auto_pad="{side}", strides=[2,2]> (x, w) b = Conv <auto_pad="{side}", strides=[2,2]> (x, v)
+               y = Add (a, b)"""
+    model, _ = check(body, constants, (1, 6, 9, 8))
+    assert ops(model) == ["Conv"]
+
+
+def test_bfloat16_weights_are_cast_once():
+    import ml_dtypes
+    import onnx_ir as ir
+
+    text = """g (bfloat16[3,24] x, bfloat16[24,32] w, bfloat16[24,4] a, bfloat16[4,32] b) => (bfloat16[3,32] y)
+              { p = MatMul (x, w) h = MatMul (x, a) i = MatMul (h, b) y = Add (p, i) }"""
+    constants = {n: normal(*s).astype(ml_dtypes.bfloat16) for n, s in (("w", (24, 32)), ("a", (24, 4)), ("b", (4, 32)))}
+    model = parse(text)
+    for value in list(model.graph.inputs):
+        if value.name in constants:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(constants[value.name], name=value.name)
+            model.graph.register_initializer(value)
+    PASS.run(model, PassContext())
+    assert ops(model) == ["MatMul"]
+    w, a, b = (constants[n].astype(np.float64) for n in "wab")
+    merged = model.graph[0].inputs[1].const_value
+    assert merged.dtype == ir.DataType.BFLOAT16
+    np.testing.assert_array_equal(merged.numpy(), (w + a @ b).astype(ml_dtypes.bfloat16))
