@@ -133,7 +133,7 @@ class GraphEmitter:
             overridable = value.const_value is not None
             placeholder = self.fx.placeholder(self._legal(value.name), default_value=None) if overridable else None
             node = placeholder or self.fx.placeholder(self._legal(value.name))
-            node.meta["onnx_name"] = value.name
+            node.meta |= {"onnx_name": value.name, "onnx_shape": shape_of(value)}
             self._held[value] = node
         self._settle_reference(self.graph.inputs)
         for value in self.graph.inputs:
@@ -144,6 +144,7 @@ class GraphEmitter:
             wanted = self.precision.of(value.dtype) if self.precision.dtype and value.dtype is not None else None
             if wanted is not None and isinstance(value.type, ir.TensorType) and wanted.is_floating_point:
                 node = self.call(torch.Tensor.to, node, wanted)
+                node.meta["onnx_shape"] = shape_of(value)
             self._held[value] = node
 
     def _settle_reference(self, values: Sequence[ir.Value]) -> None:
@@ -177,6 +178,7 @@ class GraphEmitter:
             if "onnx_name" not in held.meta and held.op == "call_function":
                 held._rename(self._legal(value.name))
                 held.meta["onnx_name"] = value.name
+            held.meta.setdefault("onnx_shape", shape_of(value))
             if isinstance(value.type, ir.TensorType) and self.reference is None:
                 self.reference = held
 
@@ -338,8 +340,9 @@ class GraphEmitter:
             raise AssertionError(f"{value.name} of an outer graph was not passed in")
         if value.dtype is None or self.precision.of(value.dtype) is None:
             raise Unsupported(f"{value.name}: torch has no {value.dtype.name.lower() if value.dtype else 'such type'}")
-        target = self._parameters.of(value, self.root)
-        return self._get_attr(target)
+        node = self._get_attr(self._parameters.of(value, self.root))
+        node.meta["onnx_shape"] = shape_of(value)
+        return node
 
     def _get_attr(self, target: str) -> Node:
         with warnings.catch_warnings():  # fx warns about names that only become attributes when the module is made
