@@ -7,7 +7,7 @@ RMSNorm reads is measured in float64. BERT and three constructed traps must be r
 remark. Then: equal integer codes after RepQuant's reparameterization, lower W8A8 error after SmoothQuant's migration,
 the error of the compressed form, and latency ratios of LayerNorm and RMSNorm on ONNX Runtime.
 
-    python benchmarks/norms.py --json [--only TEXT] [--no-latency]
+    python benchmarks/norms.py --json [--only TEXT] [--no-latency] [--rounds N]
 
 The last line is JSON: {"models": {name: {"layer_norms_before", "layer_norms_left", "expected_left", "rel_err_fp32",
 "rel_err_fp64", "stream_mean", ...}}, "refused": {name: reason}, "repquant_codes_equal", "smoothquant", "compressed",
@@ -31,13 +31,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from norms_latency import latency
 from norms_models import Case, cases, traps
+from norms_quantization import repquant, smoothquant
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_layer_normalization import _layer_normalization
 from onnx.reference.ops.op_rms_normalization import _rms_normalization
 
 from xform.capture import capture_torch
+from xform.passes.normalize import CompressRMSNorm
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.presets import resolve
 from xform.pipeline.result import PipelineResult
@@ -156,11 +159,57 @@ def is_right(case: Case, row: dict[str, Any]) -> bool:
     return converted_all and equal and row["rms_norms"] == case.layer_norms - case.expected_left
 
 
+def _batches(feeds: Arrays) -> list[Arrays]:
+    """The feeds, and another batch of other numbers."""
+    return [feeds, {k: v * 1.3 if v.dtype.kind == "f" else v[::-1].copy() for k, v in feeds.items()}]
+
+
+def scales() -> dict[str, Any]:
+    """RepQuant and SmoothQuant on a vision and a language model, with LayerNorms and with RMSNorms."""
+    rows: dict[str, Any] = {}
+    smooth: dict[str, Any] = {}
+    for case in cases():
+        if case.name not in ("vit", "gpt2"):
+            continue
+        canonical, result, feeds = converted(case, torch.float64)
+        single, _, feeds32 = converted(case, torch.float32)
+        for form, model in (("layer_norm", canonical), ("rms_norm", result.model)):
+            rows[f"{case.name} {form}"] = repquant(model, _batches(feeds), reference)
+            row = smoothquant(model, _batches(feeds), reference)
+            lower = row["w8a8_error_after"] < 0.5 * row["w8a8_error_before"]
+            smooth[f"{case.name} {form}"] = {**row, "ok": row["rel_err"] <= FP64 and lower}
+        rows[f"{case.name} float32"] = repquant(single, _batches(feeds32), None)
+    print(f"repquant {rows}\nsmoothquant {smooth}", file=sys.stderr)
+    wide = [row for name, row in rows.items() if "float32" not in name]
+    exact = all(row["norms"] and row["rel_err"] <= FP64 for row in wide)
+    share = min(row["share_equal"] for row in wide) if exact else 0.0
+    return {"repquant_codes_equal": share, "repquant": rows, "smoothquant": smooth}
+
+
+def compressed() -> dict[str, Any]:
+    """The compressed form of models whose streams allow it."""
+    rows: dict[str, Any] = {}
+    for case in cases():
+        if case.name not in ("vit", "gpt2", "opt"):
+            continue
+        row: dict[str, Any] = {}
+        for dtype, run, name in ((torch.float64, reference, "rel_err_fp64"), (torch.float32, runtime, "rel_err_fp32")):
+            canonical, result, feeds = converted(case, dtype)
+            narrow = run_pipeline(result.model, [CompressRMSNorm(1)], verify="off", strict=True).model
+            row["rms_norms_left"] = count(narrow, "RMSNormalization")
+            row[name] = relative(run(narrow, feeds), run(canonical, feeds))
+        right = row["rms_norms_left"] == 0 and row["rel_err_fp64"] <= FP64 and row["rel_err_fp32"] <= FP32
+        rows[case.name] = {**row, "ok": right}
+    print(f"compressed {rows}", file=sys.stderr)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print only the JSON line on stdout")
     parser.add_argument("--only", default="", help="only models whose name contains this text")
     parser.add_argument("--no-latency", action="store_true", help="leave the timings out")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timings")
     arguments = parser.parse_args()
     models: dict[str, Any] = {}
     refused: dict[str, str] = {}
@@ -180,7 +229,14 @@ def main() -> int:
         seconds = time.perf_counter() - start
         brief = {k: v for k, v in row.items() if k != "reasons"}
         print(f"{case.name:22} {'ok ' if right else 'BAD'} {brief} {seconds:.1f}s", file=sys.stderr)
-    print(json.dumps({"models": models, "refused": refused, "ok": ok}))
+    summary: dict[str, Any] = {"models": models, "refused": refused}
+    if not arguments.only:
+        summary.update(scales())
+        ok = ok and summary["repquant_codes_equal"] == 1 and all(row["ok"] for row in summary["smoothquant"].values())
+        summary["compressed"] = compressed()
+        ok = ok and all(row["ok"] for row in summary["compressed"].values())
+        summary["latency_ratio"] = None if arguments.no_latency else latency(arguments.rounds)
+    print(json.dumps({**summary, "ok": ok}))
     return 0 if ok else 1
 
 
