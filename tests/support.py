@@ -31,6 +31,15 @@ def parse(text: str, constants: Mapping[str, np.ndarray] | None = None, opset: i
     return model
 
 
+def declared(text: str, constants: Mapping[str, np.ndarray]) -> str:
+    """ONNX text with `constants` added to the graph's inputs, where `parse` looks for them."""
+    types = {"float32": "float", "float64": "double"}  # the other names are those of NumPy
+    arrays = {name: np.asarray(constant) for name, constant in constants.items()}
+    given = [f"{types.get(a.dtype.name, a.dtype.name)}[{','.join(map(str, a.shape))}] {n}" for n, a in arrays.items()]
+    head, tail = text.split(")", 1)
+    return f"{head}{', ' if given and not head.endswith('(') else ''}{', '.join(given)}){tail}"
+
+
 def run(model: ir.Model, feeds: Mapping[str, np.ndarray], optimized: bool = False) -> list[np.ndarray]:
     """Outputs in ONNX Runtime, its own graph optimizations off unless `optimized`."""
     options = ort.SessionOptions()
