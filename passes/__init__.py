@@ -30,7 +30,7 @@ from xform.passes.normalize import (
     MigrateScales,
     WidenNormStatistics,
 )
-from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps
+from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps, RaiseBlockLinear
 from xform.rewrite.passes import Pass
 
 PASSES: dict[str, type[Pass]] = {
@@ -46,6 +46,7 @@ PASSES: dict[str, type[Pass]] = {
         RaiseRotary,
         RaiseAttention,
         # reparameterize
+        RaiseBlockLinear,
         FoldBatchNorm,
         MergeAffineMaps,
         # normalize

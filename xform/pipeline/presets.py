@@ -28,6 +28,7 @@ EXACT: tuple[str, ...] = (
     "raise_rotary",
     "raise_attention",
     # algebra on weights
+    "raise_block_linear",
     "merge_affine_maps",
     # what the above left behind
     "simplify_layout",
