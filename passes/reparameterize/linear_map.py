@@ -201,7 +201,7 @@ def shared_note(nodes: Sequence[ir.Node]) -> str:
         for value in node.inputs:
             if value is None or value.producer() is not None or value.const_value is None:
                 continue
-            if value.dtype not in FLOATS or value.const_value.size < 2:
+            if value.dtype not in FLOATS or len(value.const_value.shape) < 2:  # vectors are small change
                 continue
             readers = [use.node for use in value.uses() if use.node not in inside]
             if readers:
