@@ -106,3 +106,13 @@ def test_a_mask_that_broadcasts_is_expanded(mask: Shape) -> None:
     tensors = [torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), torch.randn(mask)]
     found = operators(Attend(), *tensors)
     assert (found["Attention"], found["Expand"]) == (1, 1)
+
+
+def test_numbers_in_a_float64_module_keep_their_digits() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.gelu(x * 0.7 + 0.1) / 0.3
+
+    model = capture_torch(Scaled().double(), (torch.randn(3, 4, dtype=torch.float64),)).model
+    numbers = {float(v.const_value.numpy()) for v in model.graph.initializers.values() if v.const_value is not None}
+    assert {0.7, 0.1, 0.3} <= numbers
