@@ -101,7 +101,7 @@ class WidenNormStatistics(RewritePass):
     """
 
     name: ClassVar[str] = PASS_NAME
-    input_bound: float = UNKNOWN
+    input_bound: float | None = None
 
     def rules(self) -> tuple[Rule, ...]:
-        return (Widen(self.input_bound),)
+        return (Widen(UNKNOWN if self.input_bound is None else self.input_bound),)

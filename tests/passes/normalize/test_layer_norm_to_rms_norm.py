@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,6 +12,7 @@ from xform.passes import PASSES
 from xform.passes.normalize import LayerNormToRMSNorm
 from xform.pipeline.manager import run_pipeline
 from xform.rewrite.passes import PassContext
+from xform.target import Target
 
 D = 8
 IDS = {"ids": np.array([[1, 4, 2, 0, 7], [3, 3, 9, 10, 5]])}
@@ -262,3 +265,13 @@ def test_verification_accepts_it_and_it_is_registered() -> None:
     assert result.verification.state == "ok"
     assert [p.status for p in result.passes] == ["changed"]
     assert isinstance(result.model, ir.Model)
+
+
+@pytest.mark.parametrize(("kind", "converted"), [("cuda", True), ("cpu", False)])
+def test_it_can_be_left_to_the_targets_that_gain(kind: str, converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("xform.passes.normalize.layer_norm_to_rms_norm")
+    monkeypatch.setattr(module, "FASTER_ON", frozenset({"cuda"}))
+    used = {k: v for k, v in WEIGHTS.items() if k in STREAM}
+    context = PassContext(Target(kind))
+    assert LayerNormToRMSNorm(only_where_faster=True).run(parse(declared(STREAM, used), used), context) == converted
+    assert any("not measured to gain" in r.reason for r in context.remarks) != converted

@@ -12,9 +12,7 @@ HALF, SINGLE = int(ir.DataType.FLOAT16), int(ir.DataType.FLOAT)
 ONES = {"s": np.ones(64, np.float16)}
 
 
-def widen(
-    body: str, constants: dict[str, np.ndarray] = ONES, input_bound: float = float("inf"), dtype: str = "float16"
-):
+def widen(body: str, constants: dict[str, np.ndarray] = ONES, input_bound: float | None = None, dtype: str = "float16"):
     text = f"g ({dtype}[4,64] x) => ({dtype}[4,64] y) {{ {body} }}"
     model = parse(declared(text, constants), constants)
     context = PassContext()
