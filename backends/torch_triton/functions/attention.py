@@ -69,19 +69,14 @@ def combined_mask(
     return mask & allowed if mask.dtype is torch.bool else mask.masked_fill(~allowed, -math.inf)
 
 
-def _empty_rows(mask: torch.Tensor) -> torch.Tensor:
-    """[..., S, 1], true where a query may attend nothing."""
+def empty_rows(mask: torch.Tensor) -> torch.Tensor:
+    """[..., S, 1], true where a query may attend nothing; attention gives 0 there."""
     return ~mask.any(-1, keepdim=True) if mask.dtype is torch.bool else (mask == -math.inf).all(-1, keepdim=True)
 
 
-def attend_or_zero(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor, **options: Any
-) -> torch.Tensor:
-    """Attention under a mask whose rows may forbid everything: these give 0."""
-    empty = _empty_rows(attn_mask)
-    lifted = attn_mask | empty if attn_mask.dtype is torch.bool else attn_mask.masked_fill(empty, 0.0)
-    result = F.scaled_dot_product_attention(query, key, value, attn_mask=lifted, **options)
-    return result.masked_fill(empty, 0.0)
+def lifted(mask: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+    """The mask with empty rows opened, whose softmax would be NaN in some kernels."""
+    return mask | empty if mask.dtype is torch.bool else mask.masked_fill(empty, 0.0)
 
 
 def attend_in_steps(
@@ -106,7 +101,7 @@ def attend_in_steps(
         masked = capped.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else capped + mask
     weights = torch.softmax(masked if softmax_dtype is None else masked.to(softmax_dtype), -1).to(query.dtype)
     if mask is not None:
-        weights = weights.masked_fill(_empty_rows(mask), 0.0)
+        weights = weights.masked_fill(empty_rows(mask), 0.0)
     return torch.matmul(weights, value), (logits, capped, masked, weights)[stage]
 
 

@@ -115,6 +115,7 @@ class GraphEmitter:
         self._tensors: dict[ir.Value, Node] = {}
         self._parameters = parameters.Registry(root, precision) if outer is None else outer._parameters
         self._outer = outer
+        self.made_once: dict[tuple[Any, ...], Node] = {}
         self._bodies = 0
         self.closure: list[Node] = []  # nodes of the outer graph that are passed to this one, in order
 

@@ -186,6 +186,13 @@ class Site:
         """A call in the torch graph; `Ints` among the arguments become lists or ints."""
         return self.emitter.call(function, *map(_plain, args), **{name: _plain(arg) for name, arg in kwargs.items()})
 
+    def once(self, function: Callable[..., Any], *args: Node) -> Node:
+        """As `call`, but once for the same arguments: what many layers ask of one mask."""
+        key = (function, *args)
+        if key not in self.emitter.made_once:
+            self.emitter.made_once[key] = self.call(function, *args)
+        return self.emitter.made_once[key]
+
     def pick(self, result: Node, count: int) -> tuple[Node, ...]:
         """The first `count` elements of a call that gives a tuple."""
         import operator

@@ -76,7 +76,10 @@ def _fused(site: Site, query: Node, key: Node, value: Node) -> Node:
         options["enable_gqa"] = True
     safe = mask is not None and (site.has(6) or site.attr("left_window_size", -1) >= 0 or not _full(site))
     if safe:  # a row that may attend nothing is 0, which not every kernel of torch keeps to
-        return site.call(attention.attend_or_zero, query, key, value, **options)
+        empty = site.once(attention.empty_rows, mask)
+        options["attn_mask"] = site.once(attention.lifted, mask, empty)
+        result = site.call(F.scaled_dot_product_attention, query, key, value, **options)
+        return site.call(torch.Tensor.masked_fill, result, empty, 0.0)
     return site.call(F.scaled_dot_product_attention, query, key, value, **options)
 
 

@@ -37,6 +37,8 @@ def reduce(site: Site) -> Any:
         return Ints((product(site, list(site.demand_ints(0).items)),), is_scalar=True)
     x = site.tensor()
     rank = site.rank()
+    if not axes and rank is None:
+        return site.call(reductions.over, kind, x, [], keepdims, False)
     if not axes:
         axes = list(range(site.demand_rank()))
     elif rank is not None:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.library import triton_op, wrap_triton
 
 from xform.backends.torch_triton.functions.attention import rotary
+from xform.backends.torch_triton.functions.sizes import expand
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.rotary_qk import naive
 
@@ -87,6 +88,7 @@ def fuse(module: GraphModule) -> int:
         if not common.is_call(node, rotary):
             continue
         x, cos, sin, positions, size, interleaved, heads = node.args
+        cos, sin = _table(cos), _table(sin)
         shape, table = common.shape_of(x), common.shape_of(cos)
         if positions is not None or heads or shape is None or len(shape) != 4 or table is None or len(table) != 3:
             continue
@@ -101,6 +103,14 @@ def fuse(module: GraphModule) -> int:
             continue
         count += _replace(module, earlier, node, (cos, sin, interleaved))
     return common.tidy(module, count)
+
+
+def _table(value: Any) -> Any:
+    """The table behind a broadcast over the batch, which the kernel does itself."""
+    spread = isinstance(value, Node) and value.op == "call_method" and value.target == "expand"
+    found = value.args[0] if spread or common.is_call(value, expand) else value
+    shape = common.shape_of(found)
+    return found if shape is not None and len(shape) == 3 else value
 
 
 def _depends(x: Any, earlier: Node) -> bool:
