@@ -22,6 +22,7 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
+from xform.passes.integer import QuantizeProducts
 from xform.passes.normalize import (
     AbsorbNormAffine,
     CompressRMSNorm,
@@ -56,6 +57,8 @@ PASSES: dict[str, type[Pass]] = {
         LayerWiseScales,
         MigrateScales,
         WidenNormStatistics,
+        # integer
+        QuantizeProducts,
         # cleanup
         EliminateIdentities,
         FoldConstants,

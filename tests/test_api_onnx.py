@@ -200,13 +200,13 @@ def test_verification_can_be_off_and_then_nothing_is_loaded(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"preset": "int8"}, UsageError, "no preset 'int8'[\\s\\S]*exact"),
+        ({"preset": "int9"}, UsageError, "no preset 'int9'[\\s\\S]*exact"),
         ({"preset": "integer"}, UsageError, "no preset 'integer'[\\s\\S]*exact"),
         ({"passes": ["raise_gelus"]}, UsageError, "raise_gelus"),
         ({"calibration": {}}, UsageError, "every pass is exact"),
         ({"verify": "sometimes"}, UsageError, "sometimes"),
         ({"target": "tpu"}, UsageError, "unknown target 'tpu'"),
-        ({"target": "cuda"}, TargetError, "no backend serves target cuda"),
+        ({"target": "edge"}, TargetError, "no backend serves target edge"),
         ({"target": "edge:aarch64"}, TargetError, "no backend serves target edge:aarch64"),
         ({"backend": "tvm"}, UsageError, "unknown backend 'tvm'"),
         ({"dynamic": "all"}, UsageError, "'all' is not known"),

@@ -17,7 +17,7 @@ from xform.backends import LowerOptions
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request, compile_graph
 from xform.errors import UsageError, XformError
-from xform.optimized import Optimized, OptimizedGraph, OptimizedModule
+from xform.optimized import Optimized, OptimizedGraph, OptimizedModule, call_arguments
 from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
 from xform.pipeline.tolerance import UserTolerance
@@ -88,9 +88,7 @@ def optimize(
     Raises:
         UsageError, ModelError, VerificationError, TargetError: See `xform.errors`.
     """
-    lowering = LowerOptions(
-        opset, portable, precision=precision, compile=compile, compile_only=compile_only
-    )
+    lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
         target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune
     )
@@ -118,28 +116,15 @@ def _optimize_module(
     module: torch.nn.Module | ExportedProgram, request: Request, inputs: Any, dynamic: Any
 ) -> OptimizedModule:
     if isinstance(module, ExportedProgram):
-        args, kwargs = module_inputs(inputs) if inputs is not None else module.example_inputs or ((), {})
+        args, kwargs = call_arguments(inputs) if inputs is not None else module.example_inputs or ((), {})
         optimized = OptimizedModule(module, request, dynamic)
         optimized.prepare(args, kwargs)
         return optimized
     if inputs is None:
         return OptimizedModule(module, request, "auto" if dynamic is None else dynamic)
     optimized = OptimizedModule(module, request, dynamic)
-    optimized.prepare(*module_inputs(inputs))
+    optimized.prepare(*call_arguments(inputs))
     return optimized
-
-
-def module_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`args` and `kwargs` from the forms that `optimize` takes."""
-    match inputs:
-        case (tuple() | list() as args, Mapping() as kwargs):
-            return tuple(args), dict(kwargs)
-        case Mapping():
-            return (), dict(inputs)
-        case tuple() | list():
-            return tuple(inputs), {}
-        case _:
-            return (inputs,), {}
 
 
 def onnx_inputs(model: ir.Model, inputs: Any, dynamic: Any) -> Any:

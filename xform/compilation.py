@@ -13,11 +13,14 @@ import onnx_ir as ir
 from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner, get_backend
 from xform.errors import TargetError, UsageError, VerificationError
 from xform.graph.clone import SOURCE_OPSET
+from xform.passes.integer import QuantizeProducts
+from xform.pipeline.calibration_data import Flatten, calibration_batches
 from xform.pipeline.manager import Progress, VerifyMode, run_pipeline
 from xform.pipeline.oracle import Oracle
 from xform.pipeline.presets import PRESETS, resolve
 from xform.pipeline.random_inputs import random_inputs
 from xform.pipeline.result import PipelineResult, size_of
+from xform.pipeline.sensitivity import search
 from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.tune import INPUT, MODES, TuneMode, candidates, choose
 from xform.pipeline.verify import UserInputs, Verification, Verifier
@@ -28,6 +31,8 @@ from xform.rewrite.remarks import Remark
 from xform.target import Target
 
 _PRECISIONS = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+# Element-wise, relative to the largest: catches a wrong scale or sign. How good int8 is, the search decides.
+_QUANTIZED = 0.3
 _LOOSENESS: tuple[Fidelity, ...] = ("exact", "approximate", "trained")
 
 
@@ -46,6 +51,7 @@ class Request:
     progress: Progress | None = None
     tune: TuneMode = "off"
     only_this_backend: bool = False
+    calibration: Any = None
 
     @staticmethod
     def of(
@@ -70,6 +76,8 @@ class Request:
         if passes is None and preset not in PRESETS:
             raise UsageError(f"there is no preset {preset!r}", hint=f"this version has: {', '.join(PRESETS)}")
         chosen = tuple(resolve(preset, passes))
+        if tolerance is None and any(isinstance(p, QuantizeProducts) for p in chosen):
+            tolerance = _QUANTIZED
         if calibration is not None and all(p.fidelity == "exact" for p in chosen):
             raise UsageError(
                 "calibration was given, but every pass is exact and uses none",
@@ -88,7 +96,9 @@ class Request:
                 hint="leave them out, or choose backend='torch_triton'",
             )
         one = backend is not None
-        return Request(parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one)
+        return Request(
+            parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one, calibration
+        )
 
     @property
     def fidelity(self) -> Fidelity:
@@ -138,6 +148,7 @@ def compile_graph(
     inputs: UserInputs | None = None,
     oracle: Oracle | None = None,
     capture_seconds: float = 0.0,
+    flatten: Flatten | None = None,
 ) -> Compiled:
     """Run the passes, lower, and compare what the user will get with the captured model.
 
@@ -145,14 +156,16 @@ def compile_graph(
         source: File or class name, for the report.
         inputs: Input sets to verify on; random ones where absent.
         oracle: The reference; the captured model run by ONNX Runtime where absent.
+        flatten: Turns a calibration sample in the caller's form into graph inputs.
 
     Raises:
         VerificationError: The result differs from the reference, or (strict) could not be compared.
         TargetError: The backend cannot run the graph.
     """
+    quantization = _quantization(captured, request, flatten)
     result = run_pipeline(
         captured,
-        request.passes,
+        request.passes if quantization is None else quantization.passes,
         target=request.target,
         verify=request.verify,
         strict=request.strict,
@@ -163,7 +176,9 @@ def compile_graph(
     )
     _refuse_failed(result.verification, "the optimized graph differs from the original")
     start = time.perf_counter()
-    graph, backend, artifact = _lower(captured, result, request)
+    if quantization is not None:
+        result.remarks.add(quantization.remark)
+    graph, backend, artifact = _lower(captured, result, request, quantization)
     seconds = {"capture": capture_seconds, **result.seconds, "lower": time.perf_counter() - start}
     report = Report(source, str(request.target), request.preset, backend.name)
     compiled = Compiled(graph, artifact, report, backend)
@@ -176,17 +191,54 @@ def compile_graph(
         seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
         _refuse_failed(verification, f"what backend {backend.name!r} runs differs from the original")
     _fill(report, captured, compiled, result, verification, request)
+    if quantization is not None:
+        report.warnings.extend(filter(None, [quantization.warning]))
     report.seconds = seconds
     return compiled
 
 
-def _lower(captured: ir.Model, result: PipelineResult, request: Request) -> tuple[ir.Model, Backend, Artifact]:
+@dataclass(frozen=True)
+class _Quantization:
+    """What calibration decided.
+
+    Attributes:
+        passes: With the products filled in that stay in float.
+        exact: The graph before anything was quantized.
+        remark: What was found.
+        warning: What the user should know; empty if nothing.
+    """
+
+    passes: tuple[Pass, ...]
+    exact: ir.Model
+    remark: Remark
+    warning: str
+
+
+def _quantization(captured: ir.Model, request: Request, flatten: Flatten | None) -> _Quantization | None:
+    """Find what has to stay in float, if some pass quantizes."""
+    place = next((i for i, one in enumerate(request.passes) if isinstance(one, QuantizeProducts)), None)
+    if place is None:
+        return None
+    batches, warning = calibration_batches(captured, request.calibration, flatten)
+    exact = run_pipeline(captured, request.passes[:place], target=request.target, verify="off").model
+    candidate = request.passes[place]
+    assert isinstance(candidate, QuantizeProducts)
+    found = search(exact, batches, candidate, request.progress)
+    passes = (*request.passes[:place], found.chosen, *request.passes[place + 1 :])
+    remark = Remark(candidate.name, "sensitivity", "applied", found.chosen.keep, found.describe(), "int8")
+    return _Quantization(passes, exact, remark, warning)
+
+
+def _lower(
+    captured: ir.Model, result: PipelineResult, request: Request, quantization: _Quantization | None
+) -> tuple[ir.Model, Backend, Artifact]:
     """The graph that was lowered, by which backend, and to what: by measurement where the request says so."""
     if request.tune == "off":
         return result.model, request.backend, request.backend.lower(result.model, request.target, request.lowering)
     competing = candidates(
         captured, result.model, request.backend, request.target, request.lowering,
         mode=request.tune, only_this_backend=request.only_this_backend,
+        exact=None if quantization is None else quantization.exact,
     )  # fmt: skip
     cases = result.verifier.cases if result.verifier is not None else []
     feeds = dict(cases[0].arrays) if cases else random_inputs(captured)

@@ -208,12 +208,26 @@ class OptimizedModule(Optimized):
             inputs=_verification_inputs(captured, example),
             oracle=_oracle(self.original, captured, example),
             capture_seconds=seconds,
+            flatten=lambda sample: captured.flatten(*call_arguments(sample)),
         )
         if reason:
             remark = Remark("capture", "recapture", "applied", (), f"captured again, because {reason}", "capture")
             compiled.report.remarks.insert(0, remark)
             compiled.report.warnings.append(remark.reason)
         return captured, compiled
+
+
+def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and `kwargs` of a call from the forms that `optimize` takes."""
+    match inputs:
+        case (tuple() | list() as args, Mapping() as kwargs):
+            return tuple(args), dict(kwargs)
+        case Mapping():
+            return (), dict(inputs)
+        case tuple() | list():
+            return tuple(inputs), {}
+        case _:
+            return (inputs,), {}
 
 
 def _verification_inputs(captured: CapturedModule, example: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:

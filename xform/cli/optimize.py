@@ -56,7 +56,7 @@ def optimize(
     backend: Annotated[str | None, typer.Option("--backend", help="Instead of the target's default backend.")] = None,
     inputs: InputsPath = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Inputs for presets that calibrate, as --inputs.")
+        Path | None, typer.Option("--calibration", help="Inputs that calibrate: .npz as --inputs, or a folder.")
     ] = None,
     dynamic: Dynamic = None,
     verify: VerifyMode = "final",
@@ -116,7 +116,7 @@ def optimize(
             preset=preset,
             passes=requested_passes(preset, passes, set_) if passes is not None or set_ else None,
             backend=backend,
-            calibration=read_inputs(calibration),
+            calibration=calibration,
             tolerance=tolerance,
             verify=verify_mode(verify),
             strict=strict,

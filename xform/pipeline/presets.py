@@ -40,7 +40,15 @@ EXACT: tuple[str, ...] = (
     "infer_shapes",
 )
 
-PRESETS: Mapping[str, tuple[str, ...]] = {"exact": EXACT}
+INT8: tuple[str, ...] = (
+    *EXACT,
+    "quantize_products",  # which ones, a search on calibration data decides
+    "eliminate_common_subexpressions",  # products of one input share its quantized form
+    "remove_dead_code",
+    "infer_shapes",
+)
+
+PRESETS: Mapping[str, tuple[str, ...]] = {"exact": EXACT, "int8": INT8}
 
 
 def resolve(

@@ -92,26 +92,31 @@ def candidates(
     *,
     mode: TuneMode,
     only_this_backend: bool,
+    exact: ir.Model | None = None,
 ) -> list[Candidate]:
-    """The lowerings to compare, the default one first and the model as it came last."""
+    """The lowerings to compare, the default one first and the model as it came last.
+
+    Args:
+        exact: The graph in float, where `optimized` is quantized: it competes too.
+    """
     found = [Candidate(backend.name, optimized, backend, options)]
     if mode == "full" and backend.name == "onnxruntime" and not options.portable and _has_attention(optimized):
         for form in ("multi_head", "written"):
             variant = LowerOptions(options.opset, attention=form)
             found.append(Candidate(f"{backend.name}, attention {form}", optimized, backend, variant))
-    if not (only_this_backend or options.portable or options.opset is not None):
-        for name, kind in BACKENDS.items():
-            other = kind()
-            if (
-                name != backend.name
-                and name in _MEASURABLE
-                and target.kind in other.kinds
-                and not other.available(target)
-            ):
-                found.append(Candidate(name, optimized, other, options))
+    others = [] if only_this_backend or options.portable or options.opset is not None else _others(backend, target)
+    found += [Candidate(other.name, optimized, other, options) for other in others]
+    if exact is not None:
+        found += [Candidate(f"{b.name}, float", exact, b, options) for b in (backend, *others)]
     if backend.name in _MEASURABLE:
         found.append(Candidate(INPUT, captured, backend, LowerOptions(options.opset, options.portable, verbatim=True)))
     return found
+
+
+def _others(backend: Backend, target: Target) -> list[Backend]:
+    """Other backends that serve the target, are installed, and can be measured."""
+    kinds = [kind() for name, kind in BACKENDS.items() if name != backend.name and name in _MEASURABLE]
+    return [other for other in kinds if target.kind in other.kinds and other.available(target) is None]
 
 
 def _has_attention(model: ir.Model) -> bool:

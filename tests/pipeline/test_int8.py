@@ -1,0 +1,146 @@
+"""The int8 preset: what stays in float, and where calibration data comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from support import parse
+
+import xform
+from xform.errors import UsageError
+from xform.passes.integer import QuantizeProducts
+from xform.pipeline.calibration_data import MAX_BATCHES, RANDOM_BATCHES, calibration_batches
+from xform.pipeline.sensitivity import relative_error, search
+
+RNG = np.random.default_rng(0)
+W = {f"w{i}": (RNG.standard_normal((96, 96)) / 10).astype(np.float32) for i in range(3)}
+GRAPH = """g (float[b,96] x, float[96,96] w0, float[96,96] w1, float[96,96] w2) => (float[b,96] y) {
+    a = MatMul(x, w0) r = Tanh(a) s = MatMul(r, w1) t = Mul(s, gain) y = MatMul(t, w2)
+}"""
+
+
+def chain() -> ir.Model:
+    """Three products; the second reads rows of very different sizes, which one scale for the tensor serves badly."""
+    gain = np.ones(96, np.float32)
+    gain[7] = 3000.0
+    weights = {k: v.copy() for k, v in W.items()}
+    weights["w2"][7] /= 3000.0
+    model = parse(GRAPH.replace("w2)", "w2, float[96] gain)", 1), {**weights, "gain": gain})
+    for node, name in zip((n for n in model.graph if n.op_type == "MatMul"), ("first", "second", "third"), strict=True):
+        node.name = name
+    return model
+
+
+def batches(count: int = 2) -> list[dict[str, Any]]:
+    return [{"x": np.random.default_rng(i).standard_normal((8, 96)).astype(np.float32)} for i in range(count)]
+
+
+def test_the_product_that_hurts_returns_to_float() -> None:
+    found = search(chain(), batches(), QuantizeProducts(weight_bits=7, max_error=0.05))
+    assert found.chosen.keep == ("third",) and found.quantized == 2
+    assert found.error <= 0.05 < found.error_before
+    assert max(found.alone, key=lambda name: found.alone[name]) == "third"
+    assert "1 kept in float" in found.describe()
+
+
+def test_nothing_is_tried_alone_where_the_bound_holds_at_once() -> None:
+    found = search(chain(), batches(), QuantizeProducts(weight_bits=7, max_error=1e6))
+    assert (found.chosen.keep, found.quantized, found.alone) == ((), 3, {})
+
+
+def test_an_impossible_bound_keeps_everything_in_float() -> None:
+    found = search(chain(), batches(), QuantizeProducts(max_error=0.0))
+    assert found.quantized == 0 and found.error == 0.0
+
+
+def test_relative_error_is_over_all_batches_and_sees_what_is_not_finite() -> None:
+    one, off = {"y": np.array([3.0, 4.0])}, {"y": np.array([3.0, 4.5])}
+    assert relative_error([one, off], [one, one]) == pytest.approx(0.5 / np.sqrt(50))
+    assert relative_error([{"y": np.array([np.nan, 4.0])}], [one]) == float("inf")
+
+
+def test_the_preset_reports_what_it_did() -> None:
+    result = xform.optimize(chain(), preset="int8", calibration=batches(), backend="onnxruntime")
+    operators = result.artifact.metadata["operators"]
+    assert operators["MatMulInteger"] == 2
+    assert "2 products in int8; relative error" in result.explain("int8")
+    assert not any("RANDOM" in warning for warning in result.report.warnings)
+    x = batches(5)[4]["x"]
+    exact = xform.optimize(chain())({"x": x})["y"]
+    assert 0 < np.linalg.norm(result({"x": x})["y"] - exact) / np.linalg.norm(exact) < 0.2
+
+
+def test_without_data_it_says_loudly_that_it_calibrated_on_random_numbers() -> None:
+    result = xform.optimize(chain(), preset="int8")
+    assert any(warning.startswith("CALIBRATED ON RANDOM DATA") for warning in result.report.warnings)
+
+
+def test_a_module_takes_samples_in_its_own_form() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.GELU(), torch.nn.Linear(128, 96)).eval()
+    samples = [torch.randn(4, 96) for _ in range(3)]
+    fast = xform.optimize(module, preset="int8", inputs=samples[0], calibration=samples)
+    assert fast.artifact.metadata["operators"]["MatMulInteger"] == 2
+    with torch.no_grad():
+        assert torch.nn.functional.cosine_similarity(fast(samples[1]), module(samples[1])).min() > 0.99
+
+
+def test_products_of_one_input_share_its_quantized_form() -> None:
+    model = parse(
+        """g (float[b,96] x, float[96,96] w0, float[96,96] w1) => (float[b,96] y, float[b,96] z) {
+        y = MatMul(x, w0) z = MatMul(x, w1) }""",
+        {k: W[k] for k in ("w0", "w1")},
+    )
+    result = xform.optimize(model, preset="int8", calibration=batches())
+    assert result.artifact.metadata["operators"]["DynamicQuantizeLinear"] == 1
+
+
+# Calibration data
+
+
+def test_a_file_a_folder_a_dict_and_an_iterable_give_batches(tmp_path: Path) -> None:
+    model, (one, two) = chain(), batches(2)
+    np.savez(tmp_path / "b.npz", **two)
+    np.savez(tmp_path / "a.npz", **one, more=np.ones(3))  # what the graph does not read is left out
+    from_file, warning = calibration_batches(model, tmp_path / "b.npz")
+    assert warning == "" and [set(b) for b in from_file] == [{"x"}]
+    folder, _ = calibration_batches(model, str(tmp_path))
+    iterated, _ = calibration_batches(model, iter([one, two]))
+    for found in (folder, iterated):
+        for got, wanted in zip(found, (one, two), strict=True):
+            np.testing.assert_array_equal(got["x"], wanted["x"])
+    assert len(calibration_batches(model, one)[0]) == 1
+
+
+def test_an_endless_iterable_is_cut() -> None:
+    def endless() -> Any:
+        while True:
+            yield batches(1)[0]
+
+    assert len(calibration_batches(chain(), endless())[0]) == MAX_BATCHES
+
+
+def test_random_batches_are_seeded() -> None:
+    (first, warning), (again, _) = calibration_batches(chain(), None), calibration_batches(chain(), None)
+    assert len(first) == RANDOM_BATCHES and "RANDOM" in warning
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a["x"], b["x"])
+
+
+@pytest.mark.parametrize("given", [[], 3, [np.ones(3)], [{"z": np.ones(3)}]])
+def test_what_cannot_calibrate_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError):
+        calibration_batches(chain(), given)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.npz").write_bytes(b"nothing")
+    for path in (tmp_path / "empty", tmp_path / "bad.npz", tmp_path / "absent.npz"):
+        with pytest.raises(UsageError):
+            calibration_batches(chain(), path)
