@@ -11,8 +11,8 @@ bias b / r - S (Z - z), and x = r x' + r S (Z - z) moves into the weights and bi
 
 Rules
 1. `layer_wise`: for every norm whose ranges were measured and whose readers are all linear, s and z come from its
-   ranges (asymmetric, `bits`), S is the mean of s, and Z the rounded mean of z. Scale and zero point stand in the
-   norm's metadata, `xform.scale` and `xform.zero_point`, for the lowering to integers.
+   ranges (asymmetric, `bits`), S is the mean of s, and Z the mean of z, rounded and brought among the codes. Scale and
+   zero point stand in the norm's metadata, `xform.scale` and `xform.zero_point`, for the lowering to integers.
 Left alone, with a remark: see `absorb_norm_affine`; and a norm without ranges. Exact in real numbers.
 """
 
@@ -61,8 +61,12 @@ def channel_wise(ranges: ChannelRange, bits: int) -> Quantization | None:
 
 
 def layer_wise(channels: Quantization) -> Quantization:
-    """One scale, the mean, and one zero point, the mean rounded to an integer before anything is computed from it."""
-    return Quantization(np.asarray(channels.scale.mean()), np.round(channels.zero.mean()), channels.bits)
+    """One scale, the mean, and one zero point: the mean as an integer that is a code, rounded before it is used.
+
+    Any integer keeps the codes; kernels take none that is outside 0 to 2^bits - 1.
+    """
+    zero = np.clip(np.round(channels.zero.mean()), 0, 2**channels.bits - 1)
+    return Quantization(np.asarray(channels.scale.mean()), zero, channels.bits)
 
 
 def reparameterize(norm: Norm, ranges: ChannelRange, bits: int) -> Change | None:

@@ -79,6 +79,7 @@ def test_layer_wise_scales_leave_outputs_and_codes_as_they_were() -> None:
     before, after = channels.codes(_norm_result(_model())), layer.codes(_norm_result(model))
     np.testing.assert_array_equal(before, after)
     assert len(np.unique(before)) > 5
+    assert 0 <= int(metadata[ZERO_POINT]) <= 255
     naive = Quantization(layer.scale, np.asarray(channels.zero.mean()), 8)
     assert np.any(naive.codes(_norm_result(_model())) != before), "one scale without the change gives other codes"
 
@@ -91,6 +92,7 @@ def test_codes_are_equal_in_float64_for_any_ranges(seed: int, width: int, bits: 
     channels = channel_wise(ChannelRange(x.min(axis=0), x.max(axis=0)), bits)
     assert channels is not None
     layer = layer_wise(channels)
+    assert 0 <= layer.zero < 2**bits and layer.zero == np.round(layer.zero)
     r = channels.scale / layer.scale
     moved = x / r - layer.scale * (layer.zero - channels.zero)
     edge = np.abs(np.abs(x / channels.scale - np.floor(x / channels.scale)) - 0.5) < 1e-9  # a tie may go either way
