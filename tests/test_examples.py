@@ -27,3 +27,10 @@ def test_gate(tmp_path: Path) -> None:
     assert "1 gelu" in text
     assert "required attention>=1, found 0" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_reparameterize(tmp_path: Path) -> None:
+    text = _run("reparameterize.py", tmp_path)
+    assert "captured:  2 Add, 3 BatchNormalization, 2 Conv, 1 Relu\n  optimized: 1 Conv, 1 Relu\n" in text
+    assert "captured:  2 Add, 3 MatMul, 1 Mul\n  optimized: 1 Add, 1 MatMul\n" in text
+    assert "optimized: 2 Conv\n" in text and "left: wide/conv2d_1, point/conv2d: the convolution pads" in text
