@@ -2,14 +2,15 @@
 
     python benchmarks/torch_conformance.py --json
 
-Every node, simple and converted model of `onnx.backend.test.loader` is captured, lowered to torch, and run on the suite's
-inputs; outputs are held to the suite's expected ones and tolerances, float16 ones to two units in the last place at least. Fourier
-transforms to 1e-6 of their largest number (what cancels to nearly 0 is noise in the expected outputs too). Outputs that are
-random by definition are held to their shape and type.
+Every node, simple and converted model of `onnx.backend.test.loader` is captured, lowered to torch, and run on the
+suite's inputs; outputs are held to the suite's expected ones and tolerances, float16 ones to two units in the last
+place at least. Fourier transforms to 1e-6 of their largest number (what cancels to nearly 0 is noise in the expected
+outputs too). Outputs that are random by definition are held to their shape and type.
 
-Figures of the last line: `loaded` cases; `excluded_types` have a tensor of a type that torch lacks (strings, 2- and 4-bit
-numbers) or an input that is no tensor of numbers; of the others `passed`, `wrong` (other numbers, or an error that is not
-a refusal) and `unsupported` (refused by name, counted by operator); `share` is passed / (loaded - excluded).
+Figures of the last line: `loaded` cases; `excluded_types` have a tensor of a type that torch lacks (strings, 2- and
+4-bit numbers) or an input that is no tensor of numbers; of the others `passed`, `wrong` (other numbers, or an error
+that is not a refusal) and `unsupported` (refused by name, counted by operator); `share` is passed / (loaded -
+excluded).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The torch backend: graphs as torch modules, for NVIDIA GPUs with Triton kernels, and on the CPU as a second oracle."""
+"""The torch backend: graphs as torch modules, with Triton kernels on NVIDIA GPUs, and a second oracle on the CPU."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Replaying a recorded CUDA graph instead of launching each kernel.
 
-A recorded graph reads and writes fixed memory. So a call copies its inputs into buffers of their own, replays, and gives
-out copies of the outputs:
+A recorded graph reads and writes fixed memory. So a call copies its inputs into buffers of their own, replays, and
+gives out copies of the outputs:
 
 - two inputs that share memory get two buffers, so it does not matter how the caller's tensors overlap;
-- an output that is a view of an input, of a weight, or of memory that the next replay overwrites is a copy like all others,
-  so what the caller holds never changes, and writing into it changes nothing here;
+- an output that is a view of an input, of a weight, or of memory that the next replay overwrites is a copy like all
+  others, so what the caller holds never changes, and writing into it changes nothing here;
 - weights are read where they are: a weight that is written in place counts in the next replay.
 
 There is one recording for each combination of shapes, dtypes and strides; the least recently used ones are dropped.
@@ -74,7 +74,7 @@ def _buffer(value: Any) -> Any:
 
 def record_cuda_graph(module: Module, buffers: Sequence[Any]) -> tuple[Callable[[], None], Sequence[Any]]:
     """Record a call on the current device, after a few calls on a stream of its own that warm up libraries."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):

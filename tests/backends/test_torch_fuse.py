@@ -31,7 +31,8 @@ def fused(text: str, constants: dict[str, np.ndarray], feeds: dict[str, np.ndarr
 
 @pytest.mark.parametrize("norm", ["LayerNormalization(s, w, b)", "RMSNormalization(s, w)"])
 def test_residual_norm_gives_the_stream_too(norm: str) -> None:
-    text = f"g (float[2,3,8] x, float[2,3,8] r, float[8] w, float[8] b) => (float[2,3,8] z) {{ s = Add(x, r) n = {norm} z = Mul(n, s) }}"
+    text = f"""g (float[2,3,8] x, float[2,3,8] r, float[8] w, float[8] b) => (float[2,3,8] z) {{ s = Add(x, r) n =
+    {norm} z = Mul(n, s) }}"""
     feeds = {"x": floats(2, 3, 8), "r": floats(2, 3, 8)}
     assert fused(text, {"w": floats(8), "b": floats(8)}, feeds) == {"residual_norm": 1}
 
@@ -45,7 +46,8 @@ def test_a_sum_that_broadcasts_is_left_alone(shape: str, sizes: tuple[int, ...])
 
 
 def test_bias_and_gelu() -> None:
-    text = "g (float[2,3,4] x, float[4,8] w, float[8] b) => (float[2,3,8] z) { m = MatMul(x, w) s = Add(m, b) z = Gelu(s) }"
+    text = """g (float[2,3,4] x, float[4,8] w, float[8] b) => (float[2,3,8] z) { m = MatMul(x, w) s = Add(m, b) z =
+    Gelu(s) }"""
     assert fused(text, {"w": floats(4, 8), "b": floats(8)}, {"x": floats(2, 3, 4)}) == {"bias_activation": 1}
 
 
@@ -65,8 +67,10 @@ def test_a_gate_that_broadcasts_is_left_alone() -> None:
     assert fused(text, {}, {"x": floats(3, 1), "u": floats(3, 8)}) == {}
 
 
-ROTARY = """g (float[2,4,5,8] q, float[2,2,5,8] k, float[1,5,4] c, float[1,5,4] s) => (float[2,4,5,8] a, float[2,2,5,8] b) {
-    shape = Constant<value_ints=[2,5,4]>()  c1 = Expand(c, shape)  s1 = Expand(s, shape)  c2 = Expand(c, shape)  s2 = Expand(s, shape)
+ROTARY = """g (float[2,4,5,8] q, float[2,2,5,8] k, float[1,5,4] c, float[1,5,4] s) => (float[2,4,5,8] a,
+float[2,2,5,8] b) {
+    shape = Constant<value_ints=[2,5,4]>()  c1 = Expand(c, shape)  s1 = Expand(s, shape)  c2 = Expand(c, shape)  s2 =
+    Expand(s, shape)
     a = RotaryEmbedding(q, c1, s1)  b = RotaryEmbedding(@, c2, s2) }"""
 
 

@@ -30,19 +30,21 @@ def check(text: str, feeds: Mapping[str, np.ndarray], constants: Mapping[str, np
 
 def test_an_unknown_operator_is_refused_with_all_its_nodes() -> None:
     text = """g (float[2] x) => (float[2] z) {
-        a = com.microsoft.NoSuch(x)  b = com.microsoft.NoSuch(a)  c = TfIdfVectorizer<max_gram_length=1,max_skip_count=0,
+        a = com.microsoft.NoSuch(x)  b = com.microsoft.NoSuch(a)  c =
+        TfIdfVectorizer<max_gram_length=1,max_skip_count=0,
         min_gram_length=1,mode="TF",ngram_counts=[0],ngram_indexes=[0]>(b)  z = Add(b, c) }"""
     model = parse(text)
     for number, node in enumerate(model.graph):
         node.name = f"node_{number}"
-    with pytest.raises(TargetError, match="TfIdfVectorizer, com.microsoft::NoSuch") as raised:
+    with pytest.raises(TargetError, match=r"TfIdfVectorizer, com\.microsoft::NoSuch") as raised:
         to_torch(model)
     assert raised.value.where == ("node_0", "node_1", "node_2")
 
 
 def test_options_that_torch_lacks_are_refused_together() -> None:
     text = """g (float[1,2] x) => (float[1,2] z) {
-        a = LpNormalization<p=2>(x)  b = Cast<to=21>(a)  c = Cast<to=22>(a)  d = Cast<to=1>(b)  e = Cast<to=1>(c)  z = Add(d, e) }"""
+        a = LpNormalization<p=2>(x)  b = Cast<to=21>(a)  c = Cast<to=22>(a)  d = Cast<to=1>(b)  e = Cast<to=1>(c)  z
+        = Add(d, e) }"""
     with pytest.raises(TargetError, match=r"2 node\(s\): Cast \(torch has no int4\); Cast \(torch has no uint4\)"):
         to_torch(parse(text))
 
@@ -75,7 +77,8 @@ def test_names_that_collide_with_modules_are_told_apart() -> None:
 def test_sizes_stay_python_numbers() -> None:
     """One module serves every batch and length, and the shape arithmetic makes no tensors."""
     text = """g (float[b,s,6] x) => (float[b,t,3] z) {
-        shape = Shape(x)  zero = Constant<value_ints=[0]>()  one = Constant<value_ints=[1]>()  two = Constant<value_ints=[2]>()
+        shape = Shape(x)  zero = Constant<value_ints=[0]>()  one = Constant<value_ints=[1]>()  two =
+        Constant<value_ints=[2]>()
         b = Gather(shape, zero)  s = Gather(shape, one)  t = Mul(s, two)  three = Constant<value_ints=[3]>()
         target = Concat<axis=0>(b, t, three)  z = Reshape(x, target) }"""
     model = parse(text)
@@ -123,7 +126,7 @@ def test_a_readable_module() -> None:
         {"w": floats(4, 3), "b": floats(3), "s": np.float32(0.5)},
     )
     code = to_torch(model).code
-    assert "h = x @ w" in code and "g_1 = h + b" in code or "g = h + b" in code
+    assert ("h = x @ w" in code and "g_1 = h + b" in code) or "g = h + b" in code
     assert "* 0.5" in code and "torch.relu(" in code
 
 
@@ -131,13 +134,15 @@ CONTROL = {
     "if": (
         """g (bool c, float[2] x, float[2] y) => (float[2] z) {
         s = Add(x, y)
-        z = If (c) <then_branch = t () => (float[2] u) { u = Mul(s, x) }, else_branch = e () => (float[2] v) { v = Sub(s, y) }> }""",
+        z = If (c) <then_branch = t () => (float[2] u) { u = Mul(s, x) }, else_branch = e () => (float[2] v) { v =
+        Sub(s, y) }> }""",
         {"c": np.array(True), "x": floats(2), "y": floats(2)},
     ),
     "loop": (
         """g (float[2] x, float[2] w) => (float[2] z, float[k,2] all) {
         n = Constant<value_int=4>()  go = Constant<value=bool {1}>()
-        z, all = Loop (n, go, x) <body = b (int64 i, bool ok, float[2] state) => (bool keep, float[2] next, float[2] seen) {
+        z, all = Loop (n, go, x) <body = b (int64 i, bool ok, float[2] state) => (bool keep, float[2] next, float[2]
+        seen) {
             keep = Identity(ok)  f = Cast<to=1>(i)  m = Mul(state, w)  next = Add(m, f)  seen = Neg(next) }> }""",
         {"x": floats(2), "w": floats(2)},
     ),
@@ -169,8 +174,10 @@ def test_a_loop_of_no_rounds() -> None:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recurrent_layers(kind: str) -> None:
     gates = {"LSTM": 4, "GRU": 3}[kind]
-    text = f"""g (float[5,2,3] x, float[2,{4 * gates},3] w, float[2,{4 * gates},4] r, float[2,{8 * gates}] b, int32[2] n)
-        => (float[5,2,2,4] y, float[2,2,4] h) {{ y, h = {kind}<hidden_size=4, direction="bidirectional">(x, w, r, b, n) }}"""
+    text = f"""g (float[5,2,3] x, float[2,{4 * gates},3] w, float[2,{4 * gates},4] r, float[2,{8 * gates}] b,
+    int32[2] n)
+        => (float[5,2,2,4] y, float[2,2,4] h) {{ y, h = {kind}<hidden_size=4, direction="bidirectional">(x, w, r, b,
+        n) }}"""
     constants = {"w": floats(2, 4 * gates, 3), "r": floats(2, 4 * gates, 4), "b": floats(2, 8 * gates)}
     check(text, {"x": floats(5, 2, 3), "n": np.array([5, 3], np.int32)}, constants)
 
@@ -205,3 +212,13 @@ def test_axes_that_only_the_run_tells() -> None:
         "g (float[2,3,4] x, int64[k] a) => (float z) { s = ReduceMax<keepdims=1>(x, a) z = ReduceSum<keepdims=0>(s) }",
         {"x": floats(2, 3, 4), "a": np.array([-1, 0])},
     )
+
+
+def test_an_initializer_that_is_an_input_may_be_left_out() -> None:
+    model = parse("g (float[2] w, float[2] x) => (float[2] z) { z = Add(w, x) }")
+    value = model.graph.inputs[0]
+    value.const_value = ir.tensor(np.array([1, 2], np.float32), name="w")
+    model.graph.register_initializer(value)
+    module, x = to_torch(model), torch.zeros(2)
+    assert module(None, x)[0].tolist() == [1, 2]
+    assert module(torch.tensor([5.0, 6.0]), x)[0].tolist() == [5, 6]

@@ -1,1 +1,1 @@
-"""Functions that lowered graphs call where torch has no single one. Plain torch: traced, exported and differentiated."""
+"""Functions that lowered graphs call where torch has no single one; in plain torch, so they trace and differentiate."""

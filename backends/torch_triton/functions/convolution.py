@@ -19,7 +19,7 @@ def torch_pads(pads: Sequence[int]) -> list[int]:
 def same_pads(
     sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], upper: bool
 ) -> list[int]:
-    """(begins..., ends...) such that the output has ceil(size / stride) elements; the odd one is at the end if `upper`."""
+    """(begins..., ends...) for an output of ceil(size / stride) elements; the odd one is at the end if `upper`."""
     begins, ends = [], []
     for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
         total = max((-(-size // stride) - 1) * stride + dilation * (k - 1) + 1 - size, 0)

@@ -59,7 +59,7 @@ def slice_with_step(x: torch.Tensor, axis: int, start: int, end: int, step: int)
 
 
 def one_hot(places: torch.Tensor, depth: int, values: torch.Tensor, axis: int) -> torch.Tensor:
-    """OneHot: values[1] at the place (negative ones from the end), values[0] elsewhere and everywhere if it is beyond."""
+    """OneHot: values[1] at the place (negative ones from the end), values[0] elsewhere."""
     axis = axis + places.ndim + 1 if axis < 0 else axis
     wanted = places.to(torch.int64).unsqueeze(axis)
     wanted = torch.where(wanted < 0, wanted + depth, wanted)

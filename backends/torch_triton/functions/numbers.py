@@ -7,12 +7,12 @@ import torch
 
 def least(a: int, b: int) -> int:
     """The smaller size; `torch.sym_min` keeps it symbolic while traced."""
-    return torch.sym_min(a, b)  # type: ignore[no-any-return]
+    return torch.sym_min(a, b)
 
 
 def greatest(a: int, b: int) -> int:
     """The larger size."""
-    return torch.sym_max(a, b)  # type: ignore[no-any-return]
+    return torch.sym_max(a, b)
 
 
 def power(base: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:

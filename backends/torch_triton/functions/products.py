@@ -30,7 +30,7 @@ def widened(x: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
 def matmul_integer(
     a: torch.Tensor, b: torch.Tensor, a_zero: torch.Tensor | None = None, b_zero: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """MatMulInteger: (a - a_zero) (b - b_zero) in int32. A vector of zero points is one for each row of a, column of b."""
+    """MatMulInteger: (a - a_zero) (b - b_zero) in int32, with a zero point for each row of a and column of b."""
     if a_zero is not None and a_zero.ndim == 1 and a_zero.numel() > 1:
         a_zero = a_zero[:, None]
     left, right = widened(a, a_zero), widened(b, b_zero)

@@ -12,7 +12,7 @@ from xform.backends.torch_triton.functions.products import matmul_integer
 
 
 def _spread(parameter: torch.Tensor, x: torch.Tensor, axis: int, block: int) -> torch.Tensor:
-    """Scale or zero point in a shape that broadcasts to `x`: one number, one for each place of `axis`, or each block."""
+    """Scale or zero point in a shape that broadcasts to `x`: one number, one for each place of `axis` or block."""
     if block:
         axis = axis % x.ndim
         return parameter.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])

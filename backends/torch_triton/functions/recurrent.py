@@ -1,7 +1,8 @@
 """Recurrent layers, step by step, as ONNX defines them.
 
-Shapes: x [T, B, I]; w [D, G H, I]; r [D, G H, H]; b [D, 2 G H]; states [D, B, H], with D directions and G gates. Results:
-all steps [T, D, B, H], the last state [D, B, H] (and cell). `batch_first` moves B to the front of all of them.
+Shapes: x [T, B, I]; w [D, G H, I]; r [D, G H, H]; b [D, 2 G H]; states [D, B, H], with D directions and G gates.
+Results: all steps [T, D, B, H], the last state [D, B, H] (and cell). `batch_first` moves B to the front of all of
+them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ONNX's Resize, axis by axis.
 
-Output place i of an axis reads the input around a real place p(i), which the coordinate transformation gives. Every mode is
-a matrix [out, in] of weights for one axis, and the result is the input times one such matrix for each axis.
+Output place i of an axis reads the input around a real place p(i), which the coordinate transformation gives. Every
+mode is a matrix [out, in] of weights for one axis, and the result is the input times one such matrix for each axis.
 """
 
 from __future__ import annotations

@@ -47,4 +47,4 @@ def reshape(x: torch.Tensor, shape: Sequence[int], allow_zero: bool = False) -> 
 
 def expand(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """ONNX's Expand: broadcasting in both directions, so a 1 in `shape` keeps the dim of `x`."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(int(size) for size in shape)))  # type: ignore[no-untyped-call]
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(int(size) for size in shape)))

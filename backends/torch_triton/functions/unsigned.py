@@ -1,7 +1,7 @@
 """uint16, uint32 and uint64, for which torch has few kernels: computed in int64, where their bits are the same.
 
-Sums, products and left shifts modulo 2^64 do not depend on the sign. Orders do: adding 2^63 (flipping the top bit) maps
-the order of uint64 to that of int64. uint8 has kernels of its own and comes here for shifts only.
+Sums, products and left shifts modulo 2^64 do not depend on the sign. Orders do: adding 2^63 (flipping the top bit)
+maps the order of uint64 to that of int64. uint8 has kernels of its own and comes here for shifts only.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _key(x: torch.Tensor) -> torch.Tensor:
 
 def compare(name: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """A comparison of module `operator`."""
-    return getattr(operator, name)(_key(a), _key(b))  # type: ignore[no-any-return]
+    return getattr(operator, name)(_key(a), _key(b))
 
 
 def minimum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,8 @@ def clip(x: torch.Tensor, low: torch.Tensor | None, high: torch.Tensor | None) -
 def divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a // b of unsigned numbers.
 
-    uint64 has no division in int64 once the top bit is set: q = ((a >> 1) // b) << 1 is at most one too small, which the
-    remainder tells; a divisor with the top bit goes into a once or never.
+    uint64 has no division in int64 once the top bit is set: q = ((a >> 1) // b) << 1 is at most one too small, which
+    the remainder tells; a divisor with the top bit goes into a once or never.
     """
     if a.dtype is not torch.uint64:
         return narrow(torch.div(wide(a), wide(b), rounding_mode="floor"), a.dtype)

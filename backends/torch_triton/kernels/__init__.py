@@ -1,8 +1,8 @@
-"""Kernels for GPUs. Each is a folder: `naive.py` (what it computes), `kernel.py` (the Triton kernel and `KERNEL`), a README.
+"""Kernels for GPUs, a folder each: `naive.py` (what it computes), `kernel.py` (the kernel and `KERNEL`), a README.
 
-A new kernel is a new folder; nothing else has to be edited. `KERNEL` says how calls of it are found in a lowered module.
-The kernels are `torch.library.triton_op`s of namespace `xform`, so torch.compile, CUDA graphs and AOTInductor see through
-them. On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported).
+A new kernel is a new folder; nothing else has to be edited. `KERNEL` says how calls of it are found in a lowered
+module. The kernels are `torch.library.triton_op`s of namespace `xform`, so torch.compile, CUDA graphs and AOTInductor
+see through them. On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported).
 """
 
 from __future__ import annotations

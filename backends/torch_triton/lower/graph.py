@@ -5,7 +5,6 @@ from __future__ import annotations
 import keyword
 import operator
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +37,8 @@ def to_torch(model: ir.Model, *, dtype: torch.dtype | None = None, cast_outputs:
 
     Args:
         model: Opset 23 or newer. It is left as it is.
-        dtype: Computes the model's floats in this dtype instead of their own (see `Precision`). Float inputs are cast to
-            it at the start.
+        dtype: Computes the model's floats in this dtype instead of their own (see `Precision`). Float inputs are
+            cast to it at the start.
         cast_outputs: Cast outputs back to the dtypes that the model declares.
 
     Raises:
@@ -108,12 +107,14 @@ class GraphEmitter:
         self.graph = graph
         self.root = root
         self.precision = precision
-        self.fx = Graph(root)
+        self.fx = Graph()
         self.failures: list[tuple[ir.Node, str]] = [] if outer is None else outer.failures
         self.reference: Node | None = None
         self._held: dict[ir.Value, Held] = {}
         self._tensors: dict[ir.Value, Node] = {}
-        self._parameters = parameters.Registry(root, precision) if outer is None else outer._parameters
+        self._parameters: parameters.Registry = (
+            parameters.Registry(root, precision) if outer is None else outer._parameters
+        )
         self._outer = outer
         self.made_once: dict[tuple[Any, ...], Node] = {}
         self._bodies = 0
@@ -130,16 +131,18 @@ class GraphEmitter:
         return [self.tensor(value) for value in self.graph.outputs]
 
     def _inputs(self) -> None:
+        optional = False  # Python wants a default for every argument behind one that has one
         for value in self.graph.inputs:
-            overridable = value.const_value is not None
-            placeholder = self.fx.placeholder(self._legal(value.name), default_value=None) if overridable else None
-            node = placeholder or self.fx.placeholder(self._legal(value.name))
+            optional = optional or value.const_value is not None
+            default = {"default_value": None} if optional else {}
+            node = self.fx.placeholder(self._legal(value.name), **default)
             node.meta |= {"onnx_name": value.name, "onnx_shape": shape_of(value)}
             self._held[value] = node
         self._settle_reference(self.graph.inputs)
         for value in self.graph.inputs:
-            node = self._held[value]
-            assert isinstance(node, Node)
+            held = self._held[value]
+            assert isinstance(held, Node)
+            node = held
             if value.const_value is not None:
                 node = self.call(given_or, node, self._parameter(value))
             wanted = self.precision.of(value.dtype) if self.precision.dtype and value.dtype is not None else None
@@ -346,9 +349,7 @@ class GraphEmitter:
         return node
 
     def _get_attr(self, target: str) -> Node:
-        with warnings.catch_warnings():  # fx warns about names that only become attributes when the module is made
-            warnings.simplefilter("ignore")
-            return self.fx.get_attr(target)
+        return self.fx.get_attr(target)
 
     def _legal(self, name: str | None) -> str:
         """A Python identifier that looks like `name`."""

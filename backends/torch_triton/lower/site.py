@@ -1,9 +1,9 @@
 """What a lowering sees of its node: inputs as torch values or Python numbers, attributes, and calls to emit.
 
-A value is held in one of two ways. Most are tensors: fx nodes. Shapes and what is computed from them are `Ints`: lists of
-Python ints, or of fx nodes that are ints when the graph runs. So sizes never become tensors, dynamic dims stay symbolic
-when the graph is traced, and no GPU is ever waited for to learn a shape. An `Ints` becomes a tensor only where an
-operator needs one.
+A value is held in one of two ways. Most are tensors: fx nodes. Shapes and what is computed from them are `Ints`:
+lists of Python ints, or of fx nodes that are ints when the graph runs. So sizes never become tensors, dynamic dims
+stay symbolic when the graph is traced, and no GPU is ever waited for to learn a shape. An `Ints` becomes a tensor
+only where an operator needs one.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def _fused(site: Site, query: Node, key: Node, value: Node) -> Node:
         options["scale"] = site.attr("scale")
     if _grouped(site):
         options["enable_gqa"] = True
-    safe = mask is not None and (site.has(6) or site.attr("left_window_size", -1) >= 0 or not _full(site))
-    if safe:  # a row that may attend nothing is 0, which not every kernel of torch keeps to
+    bounded = site.has(6) or site.attr("left_window_size", -1) >= 0 or not _full(site)
+    if mask is not None and bounded:  # a row that may attend nothing is 0, which not every kernel of torch keeps to
         empty = site.once(attention.empty_rows, mask)
         options["attn_mask"] = site.once(attention.lifted, mask, empty)
         result = site.call(F.scaled_dot_product_attention, query, key, value, **options)

@@ -83,8 +83,8 @@ def slice_(site: Site) -> Any:
         if step == 1:
             if start == 0 and end == 2**63 - 1:
                 continue
-            end = None if isinstance(end, int) and end >= 2**31 - 1 else end
-            result = site.call(indexing.slice_axis, result, axis, start, end)
+            stop = None if isinstance(end, int) and end >= 2**31 - 1 else end
+            result = site.call(indexing.slice_axis, result, axis, start, stop)
         else:
             result = site.call(indexing.slice_with_step, result, axis, start, end, step)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from xform.backends.torch_triton.functions import pooling
@@ -68,9 +69,9 @@ def global_pool(site: Site) -> Any:
     x = site.tensor()
     match site.node.op_type:
         case "GlobalAveragePool":
-            return site.call(pooling.torch.mean, x, axes, True)
+            return site.call(torch.mean, x, axes, True)
         case "GlobalMaxPool":
-            return site.call(pooling.torch.amax, x, axes, True)
+            return site.call(torch.amax, x, axes, True)
     return site.call(pooling.global_lp_pool, x, axes, site.attr("p", 2))
 
 

@@ -23,9 +23,9 @@ def matmul(site: Site) -> Any:
 def gemm(site: Site) -> Any:
     a, b, c = site.tensor(0), site.tensor(1), site.optional(2)
     alpha, beta = site.attr("alpha", 1.0), site.attr("beta", 1.0)
-    if site.is_float() and not site.attr("transA", 0) and alpha == 1 and (c is None or beta == 1):
-        if site.attr("transB", 0) and (c is None or site.rank(2) == 1):
-            return site.call(torch.nn.functional.linear, a, b, c)
+    plain = site.is_float() and not site.attr("transA", 0) and alpha == 1 and (c is None or beta == 1)
+    if plain and site.attr("transB", 0) and (c is None or site.rank(2) == 1):
+        return site.call(torch.nn.functional.linear, a, b, c)
     left = site.call(torch.t, a) if site.attr("transA", 0) else a
     right = site.call(torch.t, b) if site.attr("transB", 0) else b
     if not site.is_float():

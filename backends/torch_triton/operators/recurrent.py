@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from xform.backends.torch_triton.functions import recurrent
@@ -33,9 +34,9 @@ def recur(site: Site) -> Any:
         if site.attr("input_forget", 0):
             raise Unsupported("coupled input and forget gates")
         options |= {"initial_cell": site.optional(6), "peepholes": site.optional(7)}
-    function = {"RNN": recurrent.rnn, "GRU": recurrent.gru, "LSTM": recurrent.lstm}[kind]
+    functions: dict[str, Callable[..., Any]] = {"RNN": recurrent.rnn, "GRU": recurrent.gru, "LSTM": recurrent.lstm}
     x, w, r = (site.tensor(i) for i in range(3))
-    result = site.call(function, x, w, r, site.optional(3), site.optional(4), site.optional(5), **options)
+    result = site.call(functions[kind], x, w, r, site.optional(3), site.optional(4), site.optional(5), **options)
     return site.pick(result, len(site.node.outputs))
 
 

@@ -52,10 +52,9 @@ def size(site: Site) -> Any:
 def reshape(site: Site) -> Any:
     keep_zero = bool(site.attr("allowzero", 0))
     if site.has_ints(0) and site.has_ints(1):  # a size as a vector of one, or back
-        target = site.demand_ints(1).known
-        items = site.demand_ints(0).items
-        if (target is not None and len(target) <= 1 and len(items) == math.prod(target or (1,))) or target == (-1,):
-            return Ints(items, is_scalar=target == ())
+        shape, held = site.demand_ints(1).known, site.demand_ints(0).items
+        if shape == (-1,) or (shape is not None and len(shape) <= 1 and len(held) == math.prod(shape or (1,))):
+            return Ints(held, is_scalar=shape == ())
     target = site.ints(1) if _length_known(site, 1) else None
     if target is None:
         return site.call(sizes.reshape, site.tensor(), site.call(torch.Tensor.tolist, site.tensor(1)), keep_zero)
@@ -228,13 +227,11 @@ def _number(site: Site, index: int) -> Any:
 
 @lowers("Pad")
 def pad(site: Site) -> Any:
+    mode = site.attr("mode", "constant")
+    value: Any = site.operand(2) if site.has(2) else 0
     if not _length_known(site, 1) or is_computed(site, 3):
-        value = site.tensor(2) if site.has(2) else 0
-        mode = site.attr("mode", "constant")
         return site.call(layouts.pad_computed, site.tensor(), site.listed(1), site.listed(3), mode, value)
     pads = site.demand_ints(1)
-    mode = site.attr("mode", "constant")
-    value = (site.number(2) if site.known(2) is not None else site.tensor(2)) if site.has(2) else 0
     rank = site.rank()
     axes = site.known_ints(3)
     if axes is None:

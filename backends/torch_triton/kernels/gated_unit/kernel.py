@@ -65,7 +65,8 @@ def fuse(module: GraphModule) -> int:
 
 def _operands(node: Node) -> tuple[Any, Any, str] | None:
     """gate, up and the activation."""
-    for opened, up in (node.args, node.args[::-1]):
+    left, right = node.args
+    for opened, up in ((left, right), (right, left)):
         if not (isinstance(opened, Node) and isinstance(up, Node) and common.used_once(opened)):
             continue
         kind = gate = None
@@ -74,8 +75,11 @@ def _operands(node: Node) -> tuple[Any, Any, str] | None:
             tanh = opened.kwargs.get("approximate") == "tanh"
             kind = "silu" if opened.target is F.silu else "gelu_tanh" if tanh else "gelu"
         elif common.is_call(opened, operator.mul):
-            for x, sigmoid in (opened.args, opened.args[::-1]):
-                if common.is_call(sigmoid, torch.sigmoid) and sigmoid.args[0] is x and common.used_once(sigmoid):
+            first, second = opened.args
+            for x, sigmoid in ((first, second), (second, first)):
+                if not (isinstance(sigmoid, Node) and common.is_call(sigmoid, torch.sigmoid)):
+                    continue
+                if sigmoid.args[0] is x and common.used_once(sigmoid):
                     gate, kind = x, "silu"
         if kind is not None and common.same_shape(gate, up):
             return gate, up, kind

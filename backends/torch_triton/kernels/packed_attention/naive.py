@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +29,7 @@ def packed_attention(
     """
     result = torch.zeros_like(query)
     bounds = starts.tolist()
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         if begin == end:
             continue
         q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
