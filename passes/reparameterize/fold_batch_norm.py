@@ -85,6 +85,9 @@ class FoldIntoLinear(Rule):
     def reach(self) -> int:
         return 4
 
+    def ahead(self) -> int:
+        return 4
+
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
         norm = batch_norm.read(node)
         if isinstance(norm, str):

@@ -209,3 +209,42 @@ class Restless(Rule):
 def test_rules_without_an_end_are_an_error() -> None:
     with pytest.raises(XformError, match="restless"):
         apply(parse(CHAIN), Restless())
+
+
+class AbsReadThroughFloor(Rule):
+    """Removes an Abs whose result goes through one Floor into one Relu: it looks at readers of readers."""
+
+    name = "abs_read_through_floor"
+    pattern = op("Abs", var("x"))
+
+    def ahead(self) -> int:
+        return 3
+
+    def check(self, match: Match, context: PassContext) -> Failure | None:
+        value = match.nodes[self.pattern].outputs[0]
+        for wanted in ("Floor", "Relu"):
+            readers = [use.node for use in value.uses()]
+            if [reader.op_type for reader in readers] != [wanted]:
+                return Failure(f"not read by one {wanted}", tuple(readers))
+            value = readers[0].outputs[0]
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        return match["x"]
+
+
+class MergeRelus(Rule):
+    """relu(v) + relu(v) as relu(v) alone: wrong numbers, but two readers become one."""
+
+    name = "merge_relus"
+    pattern = op("Add", op("Relu", var("v")), op("Relu", var("v")))
+
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        return build.op("Relu", match["v"])
+
+
+def test_rules_that_look_ahead_are_tried_again_after_a_change_among_their_readers() -> None:
+    text = "g (float[3] x) => (float[3] y) { a = Abs(x) f = Floor(a) r = Relu(f) s = Relu(f) y = Add(r, s) }"
+    model = parse(text)
+    apply(model, AbsReadThroughFloor(), MergeRelus())
+    assert [node.op_type for node in model.graph] == ["Floor", "Relu"]

@@ -86,7 +86,7 @@ class Rewriter:
                     f"pass {self.pass_name} does not come to an end: rule {edit.rule} fired {fired} times",
                     where=edit.origin,
                 )
-            for touched in _touched(edit, node, table.reach):
+            for touched in _touched(edit, node, table.reach, table.ahead):
                 if touched not in queued and touched.graph is not None:
                     queued.add(touched)
                     queue.append(touched)
@@ -183,6 +183,7 @@ class _Table:
         self._rules = [(rule, rule.anchors()) for rule in rules]
         self._cache: dict[Key, list[Rule]] = {}
         self.reach = max((rule.reach() for rule in rules), default=0)
+        self.ahead = max((rule.ahead() for rule in rules), default=0)
 
     def at(self, node: ir.Node) -> list[Rule]:
         key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
@@ -191,8 +192,9 @@ class _Table:
         return self._cache[key]
 
 
-def _touched(edit: Edit, node: ir.Node, reach: int) -> list[ir.Node]:
-    """Nodes whose match may have changed: new ones, readers up to `reach` levels, producers that lost a reader."""
+def _touched(edit: Edit, node: ir.Node, reach: int, ahead: int) -> list[ir.Node]:
+    """Nodes whose match may have changed: new ones, readers up to `reach` levels, and up to `ahead` levels of what
+    produced the operands of nodes that went away."""
     seen: dict[ir.Node, None] = {node: None}
     frontier: list[ir.Value] = [*(o for n in edit.added for o in n.outputs), *(r.new for r in edit.replacements)]
     seen.update(dict.fromkeys(edit.added))
@@ -207,9 +209,21 @@ def _touched(edit: Edit, node: ir.Node, reach: int) -> list[ir.Node]:
             producer = value.producer() if value is not None else None
             if value is not None and producer is not None:  # a constant has no rule to enable, and many readers
                 seen[producer] = None
+                seen.update(dict.fromkeys(_producers(producer, ahead - 1)))
                 if len(value.uses()) <= FEW_READERS:  # rules that want a value read once
                     seen.update((n, None) for n, _ in value.uses())
     return list(seen)
+
+
+def _producers(node: ir.Node, levels: int) -> list[ir.Node]:
+    """What computes the operands of `node`, up to `levels` operators deep."""
+    found: dict[ir.Node, None] = {}
+    frontier = [node]
+    for _ in range(levels):
+        makers = (value.producer() for n in frontier for value in n.inputs if value is not None)
+        frontier = list(dict.fromkeys(maker for maker in makers if maker is not None and maker not in found))
+        found.update(dict.fromkeys(frontier))
+    return list(found)
 
 
 def _origin(nodes: Sequence[ir.Node]) -> str:

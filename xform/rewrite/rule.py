@@ -66,6 +66,10 @@ class Rule(ABC):
         """How many operator levels below the anchor a change can make the rule match."""
         return 8 if self.pattern is None else self.pattern.depth()
 
+    def ahead(self) -> int:
+        """How many operator levels above the anchor, among its readers and theirs, a change can make the rule match."""
+        return 1
+
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
         """Candidates at `node`, lazily; a Failure among them is a near miss worth telling."""
         if self.pattern is None:
