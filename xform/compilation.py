@@ -13,17 +13,19 @@ import onnx_ir as ir
 from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner, get_backend
 from xform.errors import TargetError, UsageError, VerificationError
 from xform.graph.clone import SOURCE_OPSET
+from xform.passes.attention import PackTokens
 from xform.passes.integer import QuantizeProducts
 from xform.pipeline.calibration_data import Flatten, calibration_batches
 from xform.pipeline.manager import Progress, VerifyMode, run_pipeline
-from xform.pipeline.oracle import Oracle
+from xform.pipeline.oracle import Inputs, Oracle, Outputs, run_model
+from xform.pipeline.padding import zero_pads
 from xform.pipeline.presets import PRESETS, resolve
 from xform.pipeline.random_inputs import random_inputs
 from xform.pipeline.result import PipelineResult, size_of
 from xform.pipeline.sensitivity import search
 from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.tune import INPUT, MODES, TuneMode, candidates, choose
-from xform.pipeline.verify import UserInputs, Verification, Verifier
+from xform.pipeline.verify import Execute, UserInputs, Verification, Verifier
 from xform.report.concepts import count_concepts
 from xform.report.schema import Report, VerificationReport
 from xform.rewrite.passes import Fidelity, Pass
@@ -52,6 +54,7 @@ class Request:
     tune: TuneMode = "off"
     only_this_backend: bool = False
     calibration: Any = None
+    padding: str = "padded"
 
     @staticmethod
     def of(
@@ -66,6 +69,7 @@ class Request:
         lowering: LowerOptions,
         progress: Progress | None,
         tune: TuneMode = "off",
+        padding: str = "padded",
     ) -> Request:
         """Check the arguments before any work is done.
 
@@ -76,6 +80,11 @@ class Request:
         if passes is None and preset not in PRESETS:
             raise UsageError(f"there is no preset {preset!r}", hint=f"this version has: {', '.join(PRESETS)}")
         chosen = tuple(resolve(preset, passes))
+        if padding not in ("padded", "packed"):
+            raise UsageError(f"padding must be 'padded' or 'packed', not {padding!r}")
+        if padding == "packed" and not any(isinstance(p, PackTokens) for p in chosen):
+            place = next((i for i, p in enumerate(chosen) if isinstance(p, QuantizeProducts)), len(chosen))
+            chosen = (*chosen[:place], PackTokens(), *chosen[place:])
         if tolerance is None and any(isinstance(p, QuantizeProducts) for p in chosen):
             tolerance = _QUANTIZED
         if calibration is not None and all(p.fidelity == "exact" for p in chosen):
@@ -97,7 +106,7 @@ class Request:
             )
         one = backend is not None
         return Request(
-            parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one, calibration
+            parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one, calibration, padding
         )
 
     @property
@@ -162,6 +171,8 @@ def compile_graph(
         VerificationError: The result differs from the reference, or (strict) could not be compared.
         TargetError: The backend cannot run the graph.
     """
+    if request.padding == "packed":  # from here on zeros in pads are what the model means
+        captured, oracle = zero_pads(captured, _canonical(captured, request)), None
     quantization = _quantization(captured, request, flatten)
     result = run_pipeline(
         captured,
@@ -173,6 +184,7 @@ def compile_graph(
         tolerance=request.tolerance,
         oracle=oracle,
         progress=request.progress,
+        execute=_executor(captured, request),
     )
     _refuse_failed(result.verification, "the optimized graph differs from the original")
     start = time.perf_counter()
@@ -212,6 +224,12 @@ class _Quantization:
     exact: ir.Model
     remark: Remark
     warning: str
+
+
+def _canonical(captured: ir.Model, request: Request) -> ir.Model:
+    """The graph before anything is packed or quantized."""
+    plain = [one for one in request.passes if not isinstance(one, PackTokens | QuantizeProducts)]
+    return run_pipeline(captured, plain, target=request.target, verify="off").model
 
 
 def _quantization(captured: ir.Model, request: Request, flatten: Flatten | None) -> _Quantization | None:
@@ -264,15 +282,32 @@ def _refuse_failed(verification: Verification, what: str) -> None:
 
 def _judge_artifact(compiled: Compiled, verifier: Verifier, request: Request) -> Verification:
     """Compare the loaded artifact, runtime optimizations included, with the reference."""
-    runner = compiled.runner
-    dtypes = {value.name: value.dtype for value in (*compiled.graph.graph.inputs, *compiled.graph.graph.outputs)}
-    results = []
-    for case in verifier.cases:
-        feeds = {name: _as_declared(array, dtypes.get(name)) for name, array in case.arrays.items()}
-        outputs = [_as_compared(output) for output in runner.run(feeds)]
-        results.append(dict(zip(runner.output_names, outputs, strict=True)))
+    results = _run(compiled.runner, compiled.graph, [case.arrays for case in verifier.cases])
     precision = request.lowering.precision
     return verifier.judge(results, request.fidelity, None if precision is None else _PRECISIONS[precision])
+
+
+def _run(runner: Runner, graph: ir.Model, cases: Sequence[Inputs]) -> list[Outputs]:
+    dtypes = {value.name: value.dtype for value in graph.graph.inputs}
+    results = []
+    for case in cases:
+        feeds = {name: _as_declared(array, dtypes.get(name)) for name, array in case.items()}
+        outputs = [_as_compared(output) for output in runner.run(feeds)]
+        results.append(dict(zip(runner.output_names, outputs, strict=True)))
+    return results
+
+
+def _executor(captured: ir.Model, request: Request) -> Execute:
+    """What runs graphs between passes: ONNX Runtime, or torch if there are operators that only torch has."""
+    if request.backend.name != "torch_triton" or all(node.domain != "torch" for node in captured.graph.all_nodes()):
+        return run_model
+
+    def execute(graph: ir.Model, cases: Sequence[Inputs]) -> list[Outputs]:
+        here = Target("cpu")
+        runner = request.backend.load(request.backend.lower(graph, here, LowerOptions()), LoadOptions())
+        return _run(runner, graph, cases)
+
+    return execute
 
 
 def _as_declared(array: Any, dtype: ir.DataType | None) -> Any:

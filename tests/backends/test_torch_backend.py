@@ -209,3 +209,27 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main([*command, "--target", "cuda"]) == 7
         assert "not available for target cuda" in capsys.readouterr().err
         assert main([*command, "--target", "cuda", "--compile-only"]) == 0
+
+
+def test_operators_that_only_torch_has_are_verified_and_run() -> None:
+    class Special(torch.nn.Module):
+        def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+            return torch.special.gammainc(x, a).relu() + x * 1
+
+    x, a = torch.rand(3, 4) + 0.5, torch.rand(4) + 0.5
+    with pytest.raises(TargetError, match="special_gammainc"):
+        xform.optimize(Special(), inputs=(x, a), verify="off")
+    fast = xform.optimize(Special(), backend="torch_triton", inputs=(x, a), verify="each")
+    assert fast.report.verification.passed
+    torch.testing.assert_close(fast(x, a), Special()(x, a))
+
+
+def test_compiled_modules_are_kept_only_where_they_are_faster() -> None:
+    model = parse(
+        "g (float[4,8] x, float[8,8] w) => (float[4,8] z) { m = MatMul(x, w) z = Gelu(m) }", {"w": floats(8, 8)}
+    )
+    fast = xform.optimize(model, backend="torch_triton", compile="inductor")
+    x = floats(4, 8)
+    np.testing.assert_allclose(fast(x)["z"], run(model, {"x": x})[0], rtol=1e-4, atol=1e-5)
+    found = fast.artifact.metadata["compile"]
+    assert found["chosen"] == min(found["seconds"], key=found["seconds"].get)

@@ -19,10 +19,10 @@ import onnx_ir as ir
 from xform.errors import UsageError, VerificationError, XformError
 from xform.graph.check import Interface, check
 from xform.graph.clone import clone
-from xform.pipeline.oracle import Oracle
+from xform.pipeline.oracle import Oracle, run_model
 from xform.pipeline.result import PipelineResult, size_of
 from xform.pipeline.tolerance import UserTolerance
-from xform.pipeline.verify import UserInputs, Verification, Verifier
+from xform.pipeline.verify import Execute, UserInputs, Verification, Verifier
 from xform.report.schema import PassReport, Size
 from xform.rewrite.passes import Fidelity, Pass, PassContext
 from xform.rewrite.remarks import Cost, Remark, RemarkLog
@@ -50,6 +50,7 @@ def run_pipeline(
     oracle: Oracle | None = None,
     progress: Progress | None = None,
     seed: int = 0,
+    execute: Execute = run_model,
 ) -> PipelineResult:
     """Run `passes` in order on a copy of `model`.
 
@@ -66,6 +67,7 @@ def run_pipeline(
         oracle: Reference to compare with instead of the captured model run by ONNX Runtime.
         progress: Called before every step.
         seed: Of the random inputs.
+        execute: Runs rewritten graphs; ONNX Runtime by default.
 
     Raises:
         VerificationError: Only in strict mode, naming the pass; without it, see `PipelineResult.verification`.
@@ -73,7 +75,7 @@ def run_pipeline(
     """
     if verify not in ("off", "final", "each"):
         raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")
-    verifier = Verifier(model, oracle, inputs, sizes, tolerance, seed)
+    verifier = Verifier(model, oracle, inputs, sizes, tolerance, seed, execute)
     run = _Run(model, passes, Target.parse(target), verifier, strict, progress or (lambda *_: None))
     return run.run(verify)
 

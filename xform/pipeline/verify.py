@@ -11,7 +11,7 @@ them. The verdict has three values and a claim of equality is made only where nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -21,13 +21,14 @@ import onnx_ir as ir
 
 from xform.graph.check import Interface
 from xform.pipeline.noise import is_within, nudged_outputs
-from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs, Session, call_oracle, run_model
+from xform.pipeline.oracle import CouldNotRunError, Inputs, Oracle, Outputs, Session, call_oracle, run_model
 from xform.pipeline.random_inputs import InputCase, candidate_cases, check_named, is_dynamic, required_inputs
 from xform.pipeline.tolerance import UserTolerance, coarsest_float, difference, is_float, resolve_tolerance
 from xform.rewrite.passes import Fidelity
 
 State = Literal["ok", "failed", "unverified", "off"]
 UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Execute = Callable[[ir.Model, Sequence[Inputs]], list[Outputs]]
 
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
@@ -123,6 +124,7 @@ class Verifier:
         sizes: Numbers for dynamic dims by name.
         tolerance: The user's tolerance, see `xform.pipeline.tolerance.resolve_tolerance`.
         seed: Of the random inputs.
+        execute: Runs candidates; ONNX Runtime by default.
 
     Attributes:
         cases: Input sets that the reference ran on.
@@ -137,6 +139,7 @@ class Verifier:
     sizes: Mapping[str, int] | None = None
     tolerance: UserTolerance | None = None
     seed: int = 0
+    execute: Execute = run_model
     cases: list[InputCase] = field(default_factory=list)
     references: list[Outputs] = field(default_factory=list)
     unverifiable: str = ""
@@ -178,7 +181,7 @@ class Verifier:
         if self.unverifiable:
             return Verification("unverified", self.unverifiable, notes=tuple(self.notes))
         try:
-            results = run_model(candidate, [case.arrays for case in self.cases])
+            results = self.execute(candidate, [case.arrays for case in self.cases])
         except CouldNotRunError as error:
             reason = f"the captured model runs and the rewritten one does not: {error.what}"
             return Verification("failed", reason, notes=tuple(self.notes))
@@ -311,7 +314,9 @@ class Verifier:
         if self._measured is None:
             inputs = [case.arrays for case in self.cases]
             try:
-                still = run_model(self.model, inputs)  # not the references: a pass may have changed the weights since
+                still = self.execute(
+                    self.model, inputs
+                )  # not the references: a pass may have changed the weights since
                 self._measured = list(zip(still, nudged_outputs(self.model, inputs, self.seed), strict=True))
             except CouldNotRunError as error:
                 self.notes.append(f"the noise of rounding could not be measured: {error.what}")
