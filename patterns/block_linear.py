@@ -132,11 +132,9 @@ class Trace:
         if is_op(node, *VIEWS):
             return self._view(shape_of(node.outputs[0]))
         other = node.inputs[1 - side]
-        weight = constant(other)
-        tensor = constant_tensor(other)
-        if weight is None or tensor is None or not tensor.dtype.is_floating_point():
+        weight = self._weight(other)
+        if weight is None:
             return f"the constant of {node.op_type} is no float"
-        weight = weight.astype(np.float64)
         if is_op(node, *ARITHMETIC):
             return self._arithmetic(node, side, weight)
         if is_op(node, "MatMul"):
@@ -165,6 +163,16 @@ class Trace:
         ordered = self.matrix.transpose(0, *(1 + self.order.index(atom) for atom in channels))
         rows = ordered.reshape(self.matrix.shape[0], -1)
         return rows[:-1] - rows[-1:], rows[-1]
+
+    def _weight(self, value: ir.Value | None) -> Array | None:
+        """A constant in float64; where only the axes are followed, zeros of its shape that take no memory."""
+        tensor = constant_tensor(value)
+        if tensor is None or not tensor.dtype.is_floating_point():
+            return None
+        if self.matrix is None:
+            return np.broadcast_to(np.float64(0), tensor.shape.numpy())
+        array = constant(value)
+        return None if array is None else array.astype(np.float64)
 
     # Views
 
