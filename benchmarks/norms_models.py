@@ -242,7 +242,7 @@ class Block(torch.nn.Module):
 
 
 class Trap(torch.nn.Module):
-    """Embedding, two blocks, and a head: "pooled" reads the raw stream, "tied" shares its weight with the embedding."""
+    """Embedding, two blocks, and a head: "pooled" reads the raw stream, "tied" multiplies by the embedding's table."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -251,8 +251,6 @@ class Trap(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(Block(kind == "gated") for _ in range(LAYERS))
         self.norm = torch.nn.LayerNorm(HIDDEN)
         self.head = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
-        if kind == "tied":
-            self.head.weight = self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = self.embedding(ids)
@@ -260,6 +258,8 @@ class Trap(torch.nn.Module):
             x = block(x)
         if self.kind == "pooled":
             return torch.cat([self.head(x.mean(dim=1)), self.head(self.norm(x)[:, 0])], dim=-1)
+        if self.kind == "tied":  # the table as it stands, on the left: a transposed copy of it would be tied no more
+            return torch.matmul(self.embedding.weight, self.norm(x).transpose(1, 2))
         result: torch.Tensor = self.head(self.norm(x))
         return result
 

@@ -14,7 +14,7 @@ Rules
 1. `compress`: for a stream that only RMSNormalization reads, each of them read by linear maps alone; scales and biases
    of the norms move into those first.
 Left alone, with a remark: a stream whose writers have a mean (run `layer_norm_to_rms_norm` before); other readers;
-reshapes whose target is not constant; element types other than float32 and float64, where the sums could overflow.
+element types other than float32 and float64, where the sums could overflow.
 
 Off by default, as its width is odd: see `profit`. The pass is exact.
 """
@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from xform.graph.channel_axis import results
 from xform.graph.streams import Stream, Writer
-from xform.graph.values import Array, attribute, constant, display_name, is_op, rank_of
+from xform.graph.values import Array, attribute, constant, display_name, is_op, rank_of, shape_of
 from xform.passes.normalize.readers import LinearReader, linear_readers
 from xform.passes.normalize.stream_cache import StreamCache
 from xform.passes.normalize.writers import mapped_constant, read_writer
@@ -72,7 +72,7 @@ class Compress(Rule):
         if stream is None:
             yield Failure("it does not run over exactly the last axis", (node,))
             return
-        if node is not stream.norms("rms_norm")[0]:
+        if node is not next(r.node for r in stream.readers if r.kind == "rms_norm"):
             return
         found = self._cache.refusal(stream) or _readers(stream) or _obstacle(stream)
         if isinstance(found, Failure):
@@ -101,6 +101,7 @@ class Compress(Rule):
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         stream: Stream = match.data["stream"]
+        self._cache.changed()
         narrow = _narrow_stream(stream, build)
         normed: dict[ir.Node, ir.Value] = {}
         values = []
@@ -151,8 +152,8 @@ def _obstacle(stream: Stream) -> Failure | None:
 
 
 def _unspelled(node: ir.Node) -> Failure | None:
-    if is_op(node, *_SPELLED) and constant(node.inputs[1]) is None:
-        return Failure(f"{display_name(node)} has a target shape that is not constant", (node,))
+    if is_op(node, *_SPELLED) and not isinstance((shape_of(node.inputs[1]) or (None,))[0], int):
+        return Failure(f"{display_name(node)} has a target shape of unknown length", (node,))
     return None
 
 
@@ -239,13 +240,25 @@ def _respelled(
     attributes = {name: attr.value for name, attr in node.attributes.items()}
     given: list[ir.Value | Array | None] = list(inputs)
     if is_op(node, *_SPELLED):
-        shape, rank = constant(node.inputs[1]), rank_of(node.outputs[0])
-        assert shape is not None and rank is not None
-        target, place = shape.copy(), axis - rank
-        if -place <= target.size and target[place] == channels:
-            target[place] = channels - 1
-        given[1] = target
+        given[1] = _narrow_shape(build, node, axis, channels)
     return build.ops(node.op_type, given, len(node.outputs), domain=node.domain, **attributes)
+
+
+def _narrow_shape(build: Builder, node: ir.Node, axis: int, channels: int) -> ir.Value | Array:
+    """The target shape with the new width at `axis` of the result, whatever stood there: the width, 0 or -1."""
+    target, rank = node.inputs[1], rank_of(node.outputs[0])
+    length = (shape_of(target) or (None,))[0]
+    assert target is not None and rank is not None and isinstance(length, int)
+    place = axis - rank
+    if -place > length:  # Expand leaves out leading sizes
+        return target
+    known = constant(target)
+    if known is not None:
+        shape: Array = known.copy()
+        shape[place] = channels - 1
+        return shape
+    there = np.arange(-length, 0) == place
+    return build.op("Where", there, np.asarray(channels - 1, np.int64), target)
 
 
 def _along(build: Builder, path: Sequence[ir.Node], value: ir.Value, axis: int, channels: int) -> ir.Value:

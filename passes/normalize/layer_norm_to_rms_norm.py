@@ -74,14 +74,17 @@ class ConvertStream(Rule):
         if stream is None:
             yield Failure("it does not run over exactly the last axis, or its mean is read", (node,))
             return
-        norms = stream.norms()
-        if node is not norms[0]:
+        if node is not next(r.node for r in stream.readers if r.kind == "layer_norm"):
             return  # the first one stands for all of them
         failure = self._cache.refusal(stream) or _refusal(stream)
         if failure is not None:
             yield self._cache.refuse(stream, failure)
             return
-        rebuilt = [j for j in stream.joins if any(_replaced(stream, j, i) for i in range(len(j.inputs)))]
+        norms = stream.norms()
+        replaced = {w.value for w in stream.writers if not _in_place(w)}
+        rebuilt = [
+            j for j in stream.joins if any(v in replaced and (j, i) in stream.edges for i, v in enumerate(j.inputs))
+        ]
         linear = [w for w in stream.writers if _in_place(w)]
         roots = [w.value for w in linear] + [o for j in rebuilt for o in j.outputs] + [n.outputs[0] for n in norms]
         nodes: dict[Hashable, ir.Node] = dict(enumerate([*norms, *(n for w in linear for n in w.nodes), *rebuilt]))
@@ -122,6 +125,7 @@ class ConvertStream(Rule):
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         stream: Stream = match.data["stream"]
+        self._cache.changed()
         inputs = {w.value: _recentred_input(w, build) for w in stream.writers if not _in_place(w)}
         values: list[ir.Value] = []
         for writer in match.data["linear"]:
@@ -145,12 +149,6 @@ class ConvertStream(Rule):
 def _in_place(writer: Writer) -> bool:
     """Whether the writer itself is recentred, so that nothing is added."""
     return writer.kind == "linear" and not writer.shared
-
-
-def _replaced(stream: Stream, join: ir.Node, index: int) -> bool:
-    """Whether an input of a join is to read something else than it does now."""
-    value = join.inputs[index]
-    return (join, index) in stream.edges and any(w.value is value and not _in_place(w) for w in stream.writers)
 
 
 def _refusal(stream: Stream) -> Failure | None:

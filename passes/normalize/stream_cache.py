@@ -17,6 +17,7 @@ class StreamCache:
     def __init__(self) -> None:
         self._streams: dict[ir.Graph, dict[ir.Node, Stream]] = {}
         self._refused: dict[int, Failure] = {}
+        self._checked: set[int] = set()  # streams that hold since the last change
 
     def at(self, norm: ir.Node) -> Stream | None:
         """The stream that `norm` reads, or None."""
@@ -27,7 +28,12 @@ class StreamCache:
             found = find_streams(graph)
             self._streams[graph] = {r.node: s for s in found for r in s.readers if r.node is not None}
             self._refused.clear()
+            self._checked = {id(s) for s in found}
         return self._streams[graph].get(norm)
+
+    def changed(self) -> None:
+        """Say that the graph is about to change."""
+        self._checked.clear()
 
     def refuse(self, stream: Stream, failure: Failure) -> Failure:
         """Remember that `stream` was refused."""
@@ -43,6 +49,11 @@ class StreamCache:
         stream = self._streams[graph].get(norm)
         if stream is None:
             return False
+        if id(stream) in self._checked:
+            return True
         if any(node.graph is None or node.inputs[index] not in stream.axes for node, index in stream.edges):
             return False
-        return all(node.graph is not None for w in stream.writers for node in w.nodes)
+        if any(node.graph is None for w in stream.writers for node in w.nodes):
+            return False
+        self._checked.add(id(stream))
+        return True

@@ -62,6 +62,14 @@ def test_it_pays_only_where_the_new_width_fits_the_kernels() -> None:
     assert applied(remarks, "compress") == 1
 
 
+def test_shapes_that_are_computed_name_the_new_width() -> None:
+    text = STREAM.replace("z0 = Reshape(v0, back)", "sh = Shape(e)\n z0 = Reshape(v0, sh)")
+    text = text.replace("v0 = Reshape(x0, shape)", "v0 = Reshape(x0, flat)")
+    model, remarks = compress(text, flat=np.array([-1, D]))
+    assert applied(remarks, "compress") == 1
+    assert ops(model).count("Where") == 1
+
+
 def test_explicitly_recentred_writers_are_cut() -> None:
     text = STREAM.replace(
         "x0 = Add(e, pos)", "t = Tanh(e)\n mu = ReduceMean(t, last)\n q = Sub(t, mu)\n x0 = Add(q, pos)"
