@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xform.passes.attention import PackTokens
 from xform.passes.canonicalize.raise_activation import RaiseActivation
 from xform.passes.canonicalize.raise_attention import RaiseAttention
 from xform.passes.canonicalize.raise_gelu import RaiseGelu
@@ -57,6 +58,8 @@ PASSES: dict[str, type[Pass]] = {
         LayerWiseScales,
         MigrateScales,
         WidenNormStatistics,
+        # attention
+        PackTokens,
         # integer
         QuantizeProducts,
         # cleanup

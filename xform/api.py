@@ -49,6 +49,7 @@ def optimize(
     compile: str = "off",
     compile_only: bool = False,
     tune: TuneMode = "off",
+    padding: str = "padded",
     progress: Progress | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
@@ -80,6 +81,7 @@ def optimize(
         compile: Run the result through torch.compile where that is faster: "off", "inductor" or "max-autotune" (backend
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
+        padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
         progress: Called with what is being done, steps done, and steps in all.
 
     Returns:
@@ -90,7 +92,7 @@ def optimize(
     """
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
-        target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune
+        target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune, padding
     )
     if isinstance(model, torch.nn.Module | ExportedProgram):
         return _optimize_module(model, request, inputs, dynamic)

@@ -88,6 +88,9 @@ def optimize(
     tune: Annotated[
         str, typer.Option("--tune", help="Time lowerings on this machine and keep the fastest: off, quick or full.")
     ] = "off",
+    padding: Annotated[
+        str, typer.Option("--padding", help="packed: compute only what is a token; zeros elsewhere. Default: padded.")
+    ] = "padded",
     measure: Annotated[bool, typer.Option("--measure", help="Measure latency before and after.")] = False,
     size: Sizes = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the report here: .json or .html.")] = None,
@@ -126,6 +129,7 @@ def optimize(
             compile=compile,
             compile_only=compile_only,
             tune=tune_mode(tune),
+            padding=padding,
             progress=advance,
         )
     try:

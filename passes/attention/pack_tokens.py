@@ -1,0 +1,231 @@
+"""Padding-free execution: tokens are packed once, and only attention sees sequences.
+
+With a key-padding mask M [B, S] the tokens that are none still cost as much as the others. Let rows be the positions of
+the T valid tokens in the flattened batch. A token-wise operator f (a product with a constant weight, a bias, an
+activation, a norm, a residual sum) satisfies f(x)[rows] = f(x[rows]), so the whole chain runs on [T, C]. Before an
+attention, queries, keys and values return to [B, S, C]: position p reads packed row inverse(p), and a position without
+token reads row 0, whose weight the mask makes zero. After it the rows are packed again.
+
+    flat = M != 0, [B * S]         rows = NonZero(flat)         inverse = Where(flat, CumSum(flat) - 1, 0) as [B, S]
+    pack(x) = Gather(Reshape(x, [-1, C]), rows)                  unpack(p) = Gather(p, inverse)
+
+Position 0 always counts as valid, so that [T, C] is never empty.
+
+Sources: Zhai et al. 2023, "ByteTransformer" (arXiv 2210.03052), zero padding algorithm; Portes et al. 2023,
+"MosaicBERT" (arXiv 2312.17482), unpadding.
+
+Rules
+1. Legal: all masks are computed from one input [B, S]; what reads unpacked rows ignores those without token: attention
+   (by its mask), packing, the first token of a sequence, and `Where(condition from M alone, rows, constant)`, which
+   `xform.pipeline.padding` puts before the outputs. Otherwise nothing is changed, and the remark names the reader.
+2. Exact on valid rows. Pads are whatever that `Where` puts there: zeros.
+3. Profitable: if at least one product is packed. What it wins grows with the share of pads; with none it costs two
+   copies of the rows per attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from xform.graph.values import constant, display_name, is_op, shape_of
+from xform.passes.attention.padding import (
+    Padding,
+    computed_from_mask_alone,
+    find_padding,
+    holds_tokens,
+    is_layout,
+    is_token_wise,
+)
+from xform.rewrite.builder import Builder
+from xform.rewrite.passes import Pass, PassContext
+
+_CONCEPT = "padding"
+
+
+@dataclass(frozen=True)
+class PackTokens(Pass):
+    """Run token-wise operators on valid tokens only."""
+
+    name: ClassVar[str] = "pack_tokens"
+
+    def run(self, model: ir.Model, context: PassContext) -> bool:
+        padding = find_padding(model)
+        if isinstance(padding, str):
+            context.remark(self.name, "pack", "missed", (), padding, _CONCEPT)
+            return False
+        packed = _packed_nodes(model, padding)
+        if not any(is_op(node, "MatMul") for node in packed):
+            context.remark(self.name, "pack", "missed", (), "no product is computed token by token", _CONCEPT)
+            return False
+        if any(is_op(node, "GatherND", "Gather") and _is_packing(node) for node in model.graph):
+            return False
+        offender = _offender(packed, padding)
+        if offender is not None:
+            reason = f"{offender.op_type} reads rows of pads too, which would hold something else"
+            context.remark(self.name, "pack", "missed", (display_name(offender),), reason, _CONCEPT)
+            return False
+        _Rewrite(model, padding, self.name).run(packed)
+        names = [display_name(node) for node in packed]
+        context.remark(self.name, "pack", "applied", names, f"{len(packed)} operators run on packed tokens", _CONCEPT)
+        return True
+
+
+def _packed_nodes(model: ir.Model, padding: Padding) -> list[ir.Node]:
+    """Token-wise nodes from the first product on."""
+    packed: list[ir.Node] = []
+    values: set[ir.Value] = set()
+    for node in model.graph:
+        if is_op(node, "Where") and computed_from_mask_alone(node.inputs[0], padding):
+            continue  # what gives pads their value stays outside
+        starts = is_op(node, "MatMul") or any(v in values for v in node.inputs)
+        if starts and is_token_wise(node, padding):
+            packed.append(node)
+            values.add(node.outputs[0])
+    return packed
+
+
+def _is_packing(node: ir.Node) -> bool:
+    return node.metadata_props.get("xform.pass") == PackTokens.name
+
+
+def _offender(packed: Sequence[ir.Node], padding: Padding) -> ir.Node | None:
+    """A node that would see what stands in the rows of pads; a graph output that would, as its producer."""
+    inside = set(packed)
+    waiting = [node.outputs[0] for node in packed]
+    seen: set[ir.Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        producer = value.producer()
+        if value.is_graph_output() and producer is not None:
+            return producer
+        for reader, index in value.uses():
+            if reader in inside or _ignores_pads(reader, index, value, padding):
+                continue
+            if reader.graph is not padding.attentions[0].graph:
+                return reader
+            if is_layout(reader) and index == 0:
+                waiting += list(reader.outputs)
+            elif reader in padding.attentions and index < 3:
+                waiting.append(reader.outputs[0])
+            else:
+                return reader
+    return None
+
+
+def _ignores_pads(reader: ir.Node, index: int, value: ir.Value, padding: Padding) -> bool:
+    if is_op(reader, "Where"):
+        return index == 1 and computed_from_mask_alone(reader.inputs[0], padding)
+    if not holds_tokens(value, padding):
+        return False
+    if is_op(reader, "Gather") and index == 0:
+        which = constant(reader.inputs[1], max_elements=1)
+        axis = reader.attributes.get_int("axis", 0)
+        return axis == 1 and which is not None and which.size == 1 and int(which.reshape(())) == 0
+    if is_op(reader, "Slice") and index == 0:
+        parameters = [constant(v, max_elements=1) for v in reader.inputs[1:4]]
+        return [None if p is None else p.tolist() for p in parameters] == [[0], [1], [1]]
+    return False
+
+
+@dataclass
+class _Rewrite:
+    """One run of the pass."""
+
+    model: ir.Model
+    padding: Padding
+    name: str
+    rows: dict[ir.Value, ir.Value] = field(default_factory=dict)  # [B, S, C] to [T, C]
+    unpacked: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    counter: int = 0
+
+    def run(self, packed: Sequence[ir.Node]) -> None:
+        graph = self.model.graph
+        first = next(iter(graph))
+        self.valid, self.inverse = self._positions(first)
+        inside = set(packed)
+        for node in list(graph):
+            if node in inside:
+                self._pack(node)
+            elif not _is_packing(node):
+                for index, value in enumerate(node.inputs):
+                    if value is not None and value in self.rows and value.producer() in inside:
+                        node.replace_input_with(index, self._unpack(node, value))
+        for node in reversed(list(packed)):
+            if not node.outputs[0].uses():
+                graph.remove(node, safe=True)
+        common_passes.RemoveUnusedNodesPass()(self.model)
+        graph.sort()
+
+    def _build(self, anchor: ir.Node, origin: str) -> Builder:
+        return Builder(self.model.graph.opset_imports, self._unique, origin, self.name, "pack")
+
+    def _unique(self, base: str) -> str:
+        self.counter += 1
+        return f"{base}_packed_{self.counter}"
+
+    def _insert(self, anchor: ir.Node, build: Builder) -> None:
+        for value in build.initializers:
+            self.model.graph.register_initializer(value)
+        self.model.graph.insert_before(anchor, build.nodes)
+
+    def _positions(self, anchor: ir.Node) -> tuple[ir.Value, ir.Value]:
+        build = self._build(anchor, self.padding.mask.name or "mask")
+        given = self.padding.mask
+        mask = given if given.dtype is ir.DataType.BOOL else build.op("Cast", given, to=int(ir.DataType.BOOL))
+        flat = build.op("Reshape", mask, [-1])
+        rest = build.op("Slice", flat, [1], [np.iinfo(np.int64).max], [0])
+        flat = build.op("Concat", build.constant(np.array([True]), "first_position"), rest, axis=0)
+        rows = build.op("Reshape", build.op("NonZero", flat), [-1])
+        count = build.op("CumSum", build.op("Cast", flat, to=int(ir.DataType.INT64)), build.constant(np.array(0)))
+        order = build.op("Sub", count, build.constant(np.array(1)))
+        inverse = build.op("Where", flat, order, build.constant(np.array(0)))
+        shape = build.op("Shape", given)
+        inverse = build.op("Reshape", inverse, shape)
+        inverse.shape = ir.Shape(self.padding.dims)
+        self._insert(anchor, build)
+        return rows, inverse
+
+    def _pack(self, node: ir.Node) -> None:
+        build = self._build(node, display_name(node))
+        inputs: list[Any] = []
+        for value in node.inputs:
+            if value is None or not holds_tokens(value, self.padding):
+                inputs.append(self._per_channel(build, value))
+                continue
+            if value not in self.rows:
+                shape = shape_of(value)
+                assert shape is not None
+                flat = build.op("Reshape", value, [-1, int(str(shape[2]))])
+                self.rows[value] = build.op("Gather", flat, self.valid, axis=0)
+            inputs.append(self.rows[value])
+        attributes = {name: attr.value for name, attr in node.attributes.items()}
+        if is_op(node, "LayerNormalization", "RMSNormalization"):
+            attributes["axis"] = -1
+        self.rows[node.outputs[0]] = build.op(node.op_type, *inputs, domain=node.domain, **attributes)
+        self._insert(node, build)
+
+    def _per_channel(self, build: Builder, value: ir.Value | None) -> Any:
+        """A constant for all tokens, with no more than two axes."""
+        if value is None or value.shape is None or len(value.shape) < 3:
+            return value
+        array = constant(value)
+        assert array is not None
+        return build.constant(array.reshape(array.shape[-1]), value.name or "constant")
+
+    def _unpack(self, anchor: ir.Node, value: ir.Value) -> ir.Value:
+        if value not in self.unpacked:
+            build = self._build(anchor, display_name(anchor))
+            result = build.op("Gather", self.rows[value], self.inverse, axis=0)
+            result.shape, result.type = value.shape, value.type
+            self.unpacked[value] = result
+            self._insert(anchor, build)
+        return self.unpacked[value]

@@ -1,0 +1,196 @@
+"""Padding-free execution: exact on valid rows, zeros in pads, and what stands in pads does not matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from support import apply, missed, ops, parse
+
+import xform
+from xform.backends import LoadOptions, LowerOptions, get_backend
+from xform.errors import UsageError
+from xform.passes.attention import PackTokens
+from xform.rewrite.passes import PassContext
+from xform.target import Target
+
+B, S, C, H = 3, 6, 8, 2
+RNG = np.random.default_rng(0)
+LENGTHS = np.array([4, S, 1])
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+CONSTANTS = {
+    "wq": floats(C, C), "wk": floats(C, C), "wv": floats(C, C), "wo": floats(C, C), "b": floats(C),
+    "gain": floats(C), "wide": floats(1, 1, C), "w1": floats(C, 2 * C), "w2": floats(2 * C, C),
+    "heads": np.array([0, 0, H, C // H]), "merged": np.array([0, 0, C]), "axes": np.array([1, 2]),
+    "last": np.array([2]),
+    "zero": np.array(0.0, np.float32), "lowest": np.array(-1e30, np.float32), "first": np.array(0),
+    "one": np.array([1]), "zeros": np.array([0]),
+}  # fmt: skip
+BLOCK = """
+    valid = Cast <to = 9> (mask) keys = Unsqueeze(valid, axes) bias = Where(keys, zero, lowest)
+    q0 = MatMul(x, wq) q = Add(q0, b) k = MatMul(x, wk) v = MatMul(x, wv)
+    qr = Reshape(q, heads) qh = Transpose <perm = [0, 2, 1, 3]> (qr)
+    kr = Reshape(k, heads) kh = Transpose <perm = [0, 2, 1, 3]> (kr)
+    vr = Reshape(v, heads) vh = Transpose <perm = [0, 2, 1, 3]> (vr)
+    a = Attention(qh, kh, vh, bias) at = Transpose <perm = [0, 2, 1, 3]> (a) ar = Reshape(at, merged)
+    o = MatMul(ar, wo) r = Add(x, o) n = LayerNormalization(r, gain, b)
+    h = MatMul(n, w1) g = Gelu(h) d = MatMul(g, w2) e = Mul(d, wide) z = Add(e, n)
+"""
+END = "there = Unsqueeze(valid, last) y = Where(there, z, zero)"
+
+
+def block(end: str = END, inputs: str = f"float[{B},{S},{C}] x, int64[{B},{S}] mask", body: str = BLOCK,
+          outputs: str = f"float[{B},{S},{C}] y") -> ir.Model:  # fmt: skip
+    used = {name: array for name, array in CONSTANTS.items() if f"{name})" in body + end or f"{name}," in body + end}
+    kinds = {"float32": "float", "int64": "int64"}
+    declared = "".join(f", {kinds[a.dtype.name]}{list(a.shape) if a.ndim else ''} {n}" for n, a in used.items())
+    return parse(f"g ({inputs}{declared}) => ({outputs}) {{ {body} {end} }}", used)
+
+
+def feeds(lengths: Any = LENGTHS) -> dict[str, np.ndarray]:
+    mask = (np.arange(S)[None] < np.asarray(lengths)[:, None]).astype(np.int64)
+    return {"x": np.random.default_rng(1).standard_normal((B, S, C)).astype(np.float32), "mask": mask}
+
+
+def run(model: ir.Model, given: dict[str, np.ndarray]) -> list[Any]:
+    """Lowered first: ONNX Runtime's Attention wants masks that are written out for every query."""
+    backend, target = get_backend("onnxruntime", Target("cpu", threads=1)), Target("cpu", threads=1)
+    return backend.load(backend.lower(model, target, LowerOptions()), LoadOptions(threads=1)).run(given)
+
+
+def packed(model: ir.Model) -> ir.Model:
+    remarks = apply(model, PackTokens())
+    assert missed(remarks) == []
+    assert not PackTokens().run(model, PassContext()), "a second run changed the graph"
+    return model
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [S, S, S], [1, 1, 1], [0, 3, S], [S, 0, 0], [0, 0, 0]])
+def test_every_pattern_of_lengths_gives_the_same_rows(lengths: Any) -> None:
+    expected = run(block(), feeds(lengths))[0]
+    found = run(packed(block()), feeds(lengths))[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_masks_with_holes_and_padding_on_the_left_are_the_same() -> None:
+    given = feeds()
+    given["mask"] = np.array([[0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1]])
+    np.testing.assert_allclose(run(packed(block()), given)[0], run(block(), given)[0], rtol=2e-5, atol=2e-6)
+
+
+def test_products_run_on_the_tokens_alone() -> None:
+    model = packed(block())
+    ranks = [
+        len(n.outputs[0].shape or ()) for n in model.graph if n.op_type in ("MatMul", "LayerNormalization", "Gelu")
+    ]
+    assert ranks == [2] * len(ranks) and len(ranks) == 8
+    assert ops(model).count("Attention") == 1 and ops(model).count("NonZero") == 1
+
+
+@pytest.mark.parametrize("garbage", [1e30, np.nan, np.inf])
+def test_garbage_in_pads_does_not_matter(garbage: float) -> None:
+    model, clean = packed(block()), feeds()
+    dirty = {**clean, "x": np.where(clean["mask"][..., None] == 0, np.float32(garbage), clean["x"]).astype(np.float32)}
+    found = run(model, dirty)[0]
+    np.testing.assert_array_equal(found, run(model, clean)[0])
+    assert (found[clean["mask"] == 0] == 0).all()
+
+
+def test_dynamic_sizes_are_packed() -> None:
+    shapes = {"inputs": f"float[b,s,{C}] x, bool[b,s] mask", "outputs": f"float[b,s,{C}] y"}
+    body = BLOCK.replace("valid = Cast <to = 9> (mask)", "valid = Identity(mask)")
+    given = {**feeds(), "mask": feeds()["mask"].astype(bool)}
+    expected = run(block(body=body, **shapes), given)[0]
+    np.testing.assert_allclose(run(packed(block(body=body, **shapes)), given)[0], expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("end", "shape"),
+    [
+        ("y = Gather <axis = 1> (z, first)", f"float[{B},{C}] y"),
+        ("y = Slice(z, zeros, one, one)", f"float[{B},1,{C}] y"),
+    ],
+)
+def test_the_first_token_may_be_read(end: str, shape: str) -> None:
+    given = feeds()
+    expected = run(block(end, outputs=shape), given)[0]
+    np.testing.assert_allclose(run(packed(block(end, outputs=shape)), given)[0], expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("end", "shape", "who"),
+    [
+        ("y = ReduceMean(z, one)", f"float[{B},1,{C}] y", "ReduceMean"),
+        ("y = Add(z, b)", f"float[{B},{S},{C}] y", "Add"),
+        ("t = Transpose <perm = [0, 2, 1]> (z) y = Softmax(t)", f"float[{B},{C},{S}] y", "Softmax"),
+        ("y = Gather <axis = 1> (z, one)", f"float[{B},1,{C}] y", "Gather"),
+    ],
+)
+def test_a_reader_that_sees_pads_keeps_everything_as_it_is(end: str, shape: str, who: str) -> None:
+    model = block(end, outputs=shape)
+    before = ops(model)
+    remarks = apply(model, PackTokens())
+    assert ops(model) == before
+    assert any("rows of pads" in reason for reason in missed(remarks))
+
+
+NO_MASK = BLOCK.replace("a = Attention(qh, kh, vh, bias)", "a = Attention(qh, kh, vh)")
+OTHER = BLOCK.replace("bias = Where(keys, zero, lowest)", "both = And(keys, more) bias = Where(both, zero, lowest)")
+
+
+@pytest.mark.parametrize(
+    ("body", "extra", "reason"), [(NO_MASK, "", "no mask"), (OTHER, f", bool[{B},{S}] more0", "not computed from one")]
+)
+def test_without_one_mask_nothing_is_packed(body: str, extra: str, reason: str) -> None:
+    if extra:
+        body = "more = Unsqueeze(more0, axes) " + body
+    model = block(inputs=f"float[{B},{S},{C}] x, int64[{B},{S}] mask{extra}", body=body)
+    assert any(reason in text for text in missed(apply(model, PackTokens())))
+
+
+class Encoder(torch.nn.Module):
+    """Two layers with a key-padding mask, and the outputs that such models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 48), torch.nn.Linear(16, 48)])
+        self.out = torch.nn.ModuleList([torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)])
+        self.norm = torch.nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        bias = torch.where(mask[:, None, None, :] > 0, 0.0, -1e9)
+        for layer, out in zip(self.layers, self.out, strict=True):
+            q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in layer(x).chunk(3, -1))
+            a = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            x = self.norm(x + out(a.transpose(1, 2).flatten(2)))
+        return x
+
+
+def test_a_module_is_packed_verified_and_gives_zeros_in_pads() -> None:
+    torch.manual_seed(0)
+    module = Encoder().eval()
+    x, mask = torch.randn(3, 7, 16), (torch.arange(7)[None] < torch.tensor([[3], [7], [5]])).long()
+    fast = xform.optimize(module, inputs=(x, mask), padding="packed", dynamic="auto")
+    assert fast.report.verification.passed and not [r for r in fast.report.about("padding") if r.verdict == "missed"]
+    with torch.no_grad():
+        expected = module(x, mask) * mask[..., None]
+    torch.testing.assert_close(fast(x, mask), expected, rtol=1e-4, atol=1e-5)
+    more = (torch.arange(9)[None] < torch.tensor([[9], [2]])).long()
+    y = torch.randn(2, 9, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(y, more), module(y, more) * more[..., None], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_mask_is_refused() -> None:
+    with pytest.raises(UsageError, match="padding='packed' is not possible: there is no attention"):
+        xform.optimize(torch.nn.Linear(4, 4), inputs=torch.ones(2, 4), padding="packed")
+    with pytest.raises(UsageError, match="padding must be"):
+        xform.optimize(torch.nn.Linear(4, 4), padding="none")
