@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from xform.backends.torch_triton.choose import choose
 from xform.backends.torch_triton.cuda_graphs import Replayer
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
 from xform.backends.torch_triton.lower.parameters import array_of, torch_of
@@ -66,6 +67,8 @@ class TorchRunner:
 
     def _chosen(self, tensors: list[Any]) -> Callable[..., Any]:
         """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
+        if self._device.type == "cuda":
+            self._artifact.metadata["kernels"] = choose(self._module, tensors)
         plain: Callable[..., Any] = self._module
         if self._device.type == "cuda" and self._is_static():
             plain = Replayer(self._module)

@@ -1,0 +1,143 @@
+"""Keeping a kernel only where it is faster than torch, shape by shape.
+
+A lowered module is run once on real inputs. Every call of a kernel is timed there against its naive twin, which
+torch runs with its own kernels, and the call becomes one of the naive twin where that is as fast. What was found is
+remembered in a file by device, kernel, and the shapes, dtypes and strides of the arguments, so a model is measured
+once on a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from xform.backends.torch_triton.kernels import Kernel, kernels
+from xform.errors import OutputError
+from xform.graph.atomic import write_bytes
+
+Timer = Callable[[Callable[..., Any], tuple[Any, ...]], float]
+_CALLS = 20
+_GAIN = 1.02  # a kernel has to be this much faster: timing is no more exact
+
+
+def cache_file() -> Path:
+    """Where decisions are remembered: `$XDG_CACHE_HOME/xform/kernels.json`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "xform" / "kernels.json"
+
+
+def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -> list[dict[str, Any]]:
+    """Put torch back in place of kernels that gain nothing on these inputs.
+
+    Args:
+        inputs: In the order of the graph.
+        timer: Seconds of one call; CUDA events by default.
+
+    Returns:
+        A line for each kind of call: kernel, shapes, seconds of both, and which one is kept.
+    """
+    decisions = _read()
+    chooser = _Chooser(module, decisions, timer or cuda_seconds)
+    with torch.no_grad():
+        chooser.run(*inputs)
+    if chooser.measured:
+        _write(decisions)
+    for node in chooser.replaced:
+        node.target = chooser.by_target[node.target].naive
+    if chooser.replaced:
+        module.recompile()
+    return list(chooser.lines.values())
+
+
+class _Chooser(Interpreter):
+    """Runs a module and decides about each call of a kernel."""
+
+    def __init__(self, module: GraphModule, decisions: dict[str, Any], timer: Timer) -> None:
+        super().__init__(module)
+        self.decisions = decisions
+        self.timer = timer
+        self.by_target: dict[Any, Kernel] = {_overload(kernel.op): kernel for kernel in kernels().values()}
+        self.replaced: list[Node] = []
+        self.lines: dict[str, dict[str, Any]] = {}
+        self.measured = False
+
+    def run_node(self, n: Node) -> Any:
+        """Time the call if it is one of a kernel, then run it."""
+        kernel = self.by_target.get(n.target) if n.op == "call_function" else None
+        if kernel is not None:
+            arguments, _ = self.fetch_args_kwargs_from_env(n)
+            if not self._keep(kernel, arguments):
+                self.replaced.append(n)
+        return super().run_node(n)
+
+    def _keep(self, kernel: Kernel, arguments: tuple[Any, ...]) -> bool:
+        key = f"{_device(arguments)} {kernel.name} {' '.join(map(_describe, arguments))}"
+        if key not in self.decisions:
+            self.measured = True
+            ours, torchs = (self.timer(function, arguments) for function in (kernel.op, kernel.naive))
+            self.decisions[key] = {"kernel_seconds": ours, "torch_seconds": torchs, "keep": torchs >= ours * _GAIN}
+        found = self.decisions[key]
+        shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
+        self.lines[key] = {"kernel": kernel.name, "shapes": shapes, **found}
+        return bool(found["keep"])
+
+
+def _overload(op: Any) -> Any:
+    return getattr(op, "default", op)
+
+
+def _device(arguments: tuple[Any, ...]) -> str:
+    tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
+    return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
+
+
+def _describe(argument: Any) -> str:
+    if isinstance(argument, torch.Tensor):
+        return f"{argument.dtype}{list(argument.shape)}/{list(argument.stride())}".replace(" ", "")
+    return str(argument)
+
+
+def cuda_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Seconds of one call, the median of several, between CUDA events."""
+    for _ in range(3):
+        function(*arguments)
+    found = []
+    for _ in range(_CALLS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()  # type: ignore[no-untyped-call]
+        function(*arguments)
+        end.record()  # type: ignore[no-untyped-call]
+        end.synchronize()  # type: ignore[no-untyped-call]
+        found.append(start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+    return sorted(found)[len(found) // 2]
+
+
+def wall_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Seconds of one call on the CPU."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):  # none yet, or one that something else wrote: measure again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(decisions: dict[str, Any]) -> None:
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, json.dumps(decisions, indent=1).encode())
+    except (OSError, OutputError):
+        return  # a cache that cannot be written costs a measurement next time, nothing else

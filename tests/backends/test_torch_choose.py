@@ -1,0 +1,74 @@
+"""A kernel is kept where it is faster than torch, and the decision is remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from support import floats, parse
+
+from xform.backends.torch_triton.choose import cache_file, choose, wall_seconds
+from xform.backends.torch_triton.fuse import fuse
+from xform.backends.torch_triton.kernels import kernels
+from xform.backends.torch_triton.lower import to_torch
+
+TEXT = """g (float[2,3,8] x, float[2,3,8] r, float[8] w) => (float[2,3,8] z) {
+    s = Add(x, r) n = RMSNormalization(s, w) e = Sigmoid(n) f = Mul(n, e) z = Mul(f, s) }"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def module_and_inputs() -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
+    module = to_torch(parse(TEXT, {"w": floats(8)}))
+    assert fuse(module) == {"gated_unit": 1, "residual_norm": 1}
+    return module, [torch.from_numpy(floats(2, 3, 8)) for _ in range(2)]
+
+
+class Clock:
+    """Says that the kernel of one name is fast and others are slow."""
+
+    def __init__(self, fast: str) -> None:
+        self.fast, self.calls = fast, 0
+
+    def __call__(self, function: Any, arguments: tuple[Any, ...]) -> float:
+        self.calls += 1
+        ours = [kernel for kernel in kernels().values() if kernel.op is function]
+        return 1.0 if not ours else 0.5 if ours[0].name == self.fast else 0.99
+
+
+def test_what_gains_nothing_goes_back_to_torch() -> None:
+    module, inputs = module_and_inputs()
+    want = module(*inputs)[0]
+    lines = choose(module, inputs, Clock("residual_norm"))
+    assert {line["kernel"]: line["keep"] for line in lines} == {"residual_norm": True, "gated_unit": False}
+    assert "ops.xform.residual_norm" in module.code and "ops.xform.gated_unit" not in module.code
+    torch.testing.assert_close(module(*inputs)[0], want)
+
+
+def test_decisions_are_remembered_by_shape() -> None:
+    module, inputs = module_and_inputs()
+    choose(module, inputs, Clock("residual_norm"))
+    assert len(json.loads(cache_file().read_text())) == 2
+    again, clock = module_and_inputs()[0], Clock("gated_unit")
+    choose(again, inputs, clock)
+    assert clock.calls == 0 and again.code == module.code
+
+
+def test_a_broken_cache_is_measured_again() -> None:
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text("{")
+    module, inputs = module_and_inputs()
+    assert len(choose(module, inputs, wall_seconds)) == 2
+    assert len(json.loads(cache_file().read_text())) == 2

@@ -1,0 +1,49 @@
+"""What only a GPU can show: run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import floats, parse
+
+import xform
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")]
+
+TEXT = """g (float[4,64] x, float[64,64] w, float[64] s) => (float[4,64] z, float[4,64] same) {
+    m = MatMul(x, w) r = Add(m, x) n = RMSNormalization(r, s) z = Gelu(n) same = Relu(x) }"""
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+@pytest.mark.parametrize("compile_mode", ["off", "inductor"])
+def test_optimized_for_cuda(precision: str | None, compile_mode: str) -> None:
+    model = parse(TEXT, {"w": floats(64, 64) / 8, "s": floats(64)})
+    fast = xform.optimize(model, target="cuda", precision=precision, compile=compile_mode)
+    here = xform.optimize(model, target="cpu")
+    x = torch.from_numpy(floats(4, 64))
+    limit = 1e-4 if precision is None else 5e-2
+    for _ in range(3):
+        for device in ("cpu", "cuda"):
+            got = fast(x.to(device))
+            assert got["z"].device.type == device
+            torch.testing.assert_close(got["z"].cpu(), here(x)["z"], rtol=limit, atol=limit)
+
+
+def test_outputs_of_replayed_graphs_belong_to_the_caller() -> None:
+    model = parse(TEXT, {"w": floats(64, 64) / 8, "s": floats(64)})
+    fast = xform.optimize(model, target="cuda")
+    x, y = (torch.from_numpy(floats(4, 64)).cuda() for _ in range(2))
+    first = {name: value.clone() for name, value in fast(x).items()}
+    kept = fast(x)
+    fast(y)
+    for name, value in first.items():
+        assert torch.equal(kept[name], value)
+
+
+def test_a_package_for_the_gpu(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = parse(TEXT, {"w": floats(64, 64) / 8, "s": floats(64)})
+    fast = xform.optimize(model, target="cuda")
+    x = torch.from_numpy(floats(4, 64)).cuda()
+    want = fast(x)["z"]
+    (path,) = fast.save(tmp_path / "m.pt2")
+    torch.testing.assert_close(torch._inductor.aoti_load_package(str(path))(x)[0], want, rtol=1e-4, atol=1e-4)
