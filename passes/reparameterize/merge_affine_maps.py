@@ -110,6 +110,9 @@ class MergeIntoReaders(Rule):
     def reach(self) -> int:
         return _REACH
 
+    def ahead(self) -> int:
+        return 4  # a reader, views before it, its bias
+
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
         value = node.outputs[0]
         uses = value.uses()
