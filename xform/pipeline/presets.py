@@ -22,6 +22,7 @@ EXACT: tuple[str, ...] = (
     "raise_linear",
     "raise_layer_norm",
     "raise_rms_norm",
+    "widen_norm_statistics",
     "raise_gelu",
     "raise_activation",
     "raise_softmax",
