@@ -23,7 +23,7 @@ from xform.passes.reparameterize.linear_map import OPERATORS, LinearMap, overflo
 from xform.rewrite.builder import Builder
 from xform.rewrite.rule import Failure
 
-_PASSED = (*VIEWS, "Transpose", "Slice", "Gather", "Expand", "ReduceMean", "GlobalAveragePool")
+_PASSED = (*VIEWS, "Transpose", "Slice", "Gather", "GatherND", "Expand", "ReduceMean", "GlobalAveragePool")
 Paths = dict[tuple[ir.Node, ...], ir.Value]
 
 

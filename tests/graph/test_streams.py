@@ -190,6 +190,15 @@ def test_gather_and_slice_along_channels_are_refused() -> None:
     assert operands(_node(text, "Slice", ints), 1) == "Slice picks channels"
 
 
+def test_gather_nd_picks_positions() -> None:
+    text = "g (float[2,5,8] x) => (float[3,8] y) { y = GatherND(x, i) }"
+    node = _node(text, "GatherND", {"i": np.array([[0, 1], [1, 4], [1, 0]])})
+    assert operands(node, 1) == {0: 2}
+    assert operands(node, 0) == "GatherND picks channels"
+    text = "g (float[2,5,8] x) => (float[2,8] y) { y = GatherND<batch_dims=1>(x, i) }"
+    assert operands(_node(text, "GatherND", {"i": np.array([[1], [4]])}), 1) == {0: 2}
+
+
 def test_results_follow_the_channels_forward() -> None:
     node = _node("g (float[2,5,8] x) => (float[2,8,5] y) { y = Transpose<perm=[0,2,1]>(x) }", "Transpose")
     assert results(node, 0, 2) == {0: 1}

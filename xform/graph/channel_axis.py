@@ -171,6 +171,14 @@ def _gather(node: ir.Node, axis: int) -> Operands:
     return {0: axis if axis < along else axis - indices + 1}
 
 
+def _gather_nd(node: ir.Node, axis: int) -> Operands:
+    indices = shape_of(node.inputs[1])
+    if not indices or not isinstance(indices[-1], int):
+        return "how many axes GatherND indexes is not known"
+    positions, indexed = len(indices) - 1, indices[-1] + int(attribute(node, "batch_dims", 0))
+    return {0: axis - positions + indexed} if axis >= positions else "GatherND picks channels"
+
+
 def _other_axis(default: int) -> Callable[[ir.Node, int], Operands]:
     """Concat and Split along any axis but the channels'; every operand of the node takes part."""
 
@@ -237,6 +245,7 @@ _RULES: dict[str, Callable[[ir.Node, int], Operands]] = {
     "Transpose": _transpose,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Concat": _other_axis(0),
     "Split": _other_axis(0),
     "Slice": _slice,
