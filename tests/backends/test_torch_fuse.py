@@ -85,3 +85,18 @@ def test_queries_and_keys_turn_together() -> None:
 def test_a_key_made_of_the_turned_query_turns_by_itself() -> None:
     text = ROTARY.replace("@", "a").replace("float[2,2,5,8] b", "float[2,4,5,8] b")
     assert fused(text, {}, rotary_feeds()) == {}
+
+
+@pytest.mark.parametrize("total", ["Add(m, b)", "Add(b, m)"])
+def test_the_product_adds_the_bias(total: str) -> None:
+    text = f"g (float[2,3,4] x, float[4,8] w, float[8] b) => (float[2,3,8] z) {{ m = MatMul(x, w) z = {total} }}"
+    assert fused(text, {"w": floats(4, 8), "b": floats(8)}, {"x": floats(2, 3, 4)}) == {"linear": 1}
+
+
+@pytest.mark.parametrize("shape", ["1", "3,8", "2,1,8"])
+def test_what_is_no_bias_is_added_afterwards(shape: str) -> None:
+    sizes = tuple(int(size) for size in shape.split(","))
+    text = (
+        f"g (float[2,3,4] x, float[4,8] w, float[{shape}] b) => (float[2,3,8] z) {{ m = MatMul(x, w) z = Add(m, b) }}"
+    )
+    assert fused(text, {"w": floats(4, 8), "b": floats(*sizes)}, {"x": floats(2, 3, 4)}) == {}
