@@ -117,9 +117,10 @@ class ConvertStream(Rule):
         named = "; ".join(f"{w.name} {_why_explicit(w)}" for w in explicit[:_MAX_NAMED])
         more = f" and {len(explicit) - _MAX_NAMED} more" if len(explicit) > _MAX_NAMED else ""
         blamed = tuple(p for w in explicit[:_MAX_NAMED] if (p := w.value.producer()) is not None)
+        number = f"{len(explicit)} writer{'s' if len(explicit) > 1 else ''}"
         reason = (
-            f"{len(explicit)} writers would have their mean removed by operators of their own, which costs more than "
-            f"RMSNormalization in place of {saved} LayerNormalization saves: {named}{more}"
+            f"{number} would be recentred by operators of their own, which costs more than RMSNormalization in place of "
+            f"{saved} LayerNormalization saves: {named}{more}"
         )
         return self._cache.refuse(stream, Failure(reason, blamed))
 
