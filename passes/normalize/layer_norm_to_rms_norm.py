@@ -119,7 +119,7 @@ class ConvertStream(Rule):
         blamed = tuple(p for w in explicit[:_MAX_NAMED] if (p := w.value.producer()) is not None)
         number = f"{len(explicit)} writer{'s' if len(explicit) > 1 else ''}"
         reason = (
-            f"{number} would be recentred by operators of their own, which costs more than RMSNormalization in place of "
+            f"{number} would be recentred by operators of their own, which costs more than RMSNormalization for "
             f"{saved} LayerNormalization saves: {named}{more}"
         )
         return self._cache.refuse(stream, Failure(reason, blamed))
