@@ -34,3 +34,9 @@ def test_reparameterize(tmp_path: Path) -> None:
     assert "captured:  2 Add, 3 BatchNormalization, 2 Conv, 1 Relu\n  optimized: 1 Conv, 1 Relu\n" in text
     assert "captured:  2 Add, 3 MatMul, 1 Mul\n  optimized: 1 Add, 1 MatMul\n" in text
     assert "optimized: 2 Conv\n" in text and "left: wide/conv2d_1, point/conv2d: the convolution pads" in text
+
+
+def test_torch_backend(tmp_path: Path) -> None:
+    text = _run("torch_backend.py", tmp_path)
+    assert "torch.nn.functional.rms_norm(x, [16], norm_weight" in text
+    assert "gradients of 7 parameters" in text

@@ -111,11 +111,11 @@ def cuda_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> fl
     found = []
     for _ in range(_CALLS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         function(*arguments)
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        found.append(start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        found.append(float(start.elapsed_time(end)) / 1e3)
     return sorted(found)[len(found) // 2]
 
 

@@ -222,3 +222,28 @@ def test_an_initializer_that_is_an_input_may_be_left_out() -> None:
     module, x = to_torch(model), torch.zeros(2)
     assert module(None, x)[0].tolist() == [1, 2]
     assert module(torch.tensor([5.0, 6.0]), x)[0].tolist() == [5, 6]
+
+
+def test_positions_and_masks_keep_their_digits_in_half_precision() -> None:
+    """Position 1001 has no bfloat16, and the most negative float32 no float16."""
+    text = """g (int64[s] p, bool[s] keep, float[s,2] x, float[1,2] f, float low, float none) => (float[s,2] z,
+    float[s,s] w) {
+        t = Cast<to=1>(p)  one = Constant<value_ints=[1]>()  col = Unsqueeze(t, one)  angle = Mul(col, f)
+        c = Cos(angle)  z = Mul(c, x)
+        bias = Where(keep, none, low)  xt = Transpose<perm=[1,0]>(x)  m = MatMul(x, xt)  s = Add(m, bias)  w =
+        Softmax(s) }"""
+    model = parse(text, {"f": np.array([[1.0, 0.37]], np.float32), "low": np.float32(-3.4e38), "none": np.float32(0)})
+    feeds = {"p": np.array([3, 1001, 4095]), "keep": np.array([True, False, True]), "x": floats(3, 2)}
+    want = run(model, feeds)
+    for dtype in (torch.bfloat16, torch.float16):
+        for got, expected in zip(outputs(model, feeds, dtype=dtype, cast_outputs=True), want, strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-2)
+
+
+def test_comparisons_of_positions_are_exact_in_half_precision() -> None:
+    text = """g (int64[s] p, float[s] x) => (float[s] z) {
+        t = Cast<to=1>(p)  limit = Constant<value_float=1001.0>()  late = Less(limit, t)
+        l = Cast<to=1>(late)  z = Mul(l, x) }"""
+    model = parse(text)
+    feeds = {"p": np.array([1000, 1001, 1002, 1003]), "x": np.ones(4, np.float32)}
+    assert outputs(model, feeds, dtype=torch.bfloat16, cast_outputs=True)[0].tolist() == [0, 0, 1, 1]

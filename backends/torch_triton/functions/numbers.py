@@ -59,3 +59,9 @@ def shrink(x: torch.Tensor, lambd: float, bias: float) -> torch.Tensor:
     """Shrink: x + bias below -lambd, x - bias above lambd, 0 between."""
     zero = torch.zeros_like(x)
     return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, zero)).to(x.dtype)
+
+
+def narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x rounded to a dtype of less range: what is beyond becomes its largest number, but for infinities."""
+    limits = torch.finfo(dtype)
+    return torch.where(torch.isinf(x), x, x.clamp(limits.min, limits.max)).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,19 @@ import onnx_ir as ir
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from xform.backends.torch_triton.functions import numbers
 from xform.backends.torch_triton.functions.control import given_or
 from xform.backends.torch_triton.functions.sizes import ints_tensor
 from xform.backends.torch_triton.lower import parameters
 from xform.backends.torch_triton.lower.dtypes import Precision
 from xform.backends.torch_triton.lower.prepare import prepare
+from xform.backends.torch_triton.lower.refuse import named, opset_of, refuse_unknown
 from xform.backends.torch_triton.lower.site import Ints, Item, Site, Unsupported
 from xform.backends.torch_triton.lower.table import find
+from xform.backends.torch_triton.lower.wide import wide_nodes
 from xform.errors import TargetError
 from xform.graph.values import Array, constant, constant_tensor, display_name, is_constant, rank_of, shape_of
 
-_MAX_NAMED = 12
 _INT_KINDS = (ir.DataType.INT64, ir.DataType.INT32)
 Held = Node | Ints
 
@@ -45,7 +47,7 @@ def to_torch(model: ir.Model, *, dtype: torch.dtype | None = None, cast_outputs:
         TargetError: Nodes that cannot be written in torch, all of them by name.
     """
     copy = prepare(model)
-    _refuse_unknown(copy)
+    refuse_unknown(copy)
     precision = Precision(dtype)
     root = torch.nn.Module()
     emitter = GraphEmitter(copy, copy.graph, root, precision)
@@ -54,34 +56,6 @@ def to_torch(model: ir.Model, *, dtype: torch.dtype | None = None, cast_outputs:
         outputs = [emitter.cast_back(node, value) for node, value in zip(outputs, copy.graph.outputs, strict=True)]
     emitter.refuse_failures()
     return emitter.finish(outputs, copy.graph.name or "model")
-
-
-def unknown_nodes(model: ir.Model) -> list[ir.Node]:
-    """Nodes, those of subgraphs included, whose operator is not in the table."""
-    imports = model.opset_imports
-    return [node for node in model.graph.all_nodes() if find(node, _opset(node, imports)) is None]
-
-
-def _opset(node: ir.Node, imports: Mapping[str, int]) -> int:
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    return imports.get(domain, imports.get("ai.onnx", 23) if domain == "" else 1)
-
-
-def _refuse_unknown(model: ir.Model) -> None:
-    unknown = unknown_nodes(model)
-    if not unknown:
-        return
-    kinds = sorted({f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in unknown})
-    raise TargetError(
-        f"the torch backend cannot run {len(unknown)} node(s) of: {', '.join(kinds)}",
-        where=_named([display_name(node) for node in unknown]),
-        hint="replace these operators in the model, or choose another backend",
-    )
-
-
-def _named(names: Sequence[str]) -> list[str]:
-    more = len(names) - _MAX_NAMED
-    return [*names[:_MAX_NAMED], f"and {more} more"] if more > 0 else list(names)
 
 
 class GraphEmitter:
@@ -118,6 +92,12 @@ class GraphEmitter:
         self._outer = outer
         self.made_once: dict[tuple[Any, ...], Node] = {}
         self._bodies = 0
+        half = precision.dtype is not None and precision.dtype is not torch.float64
+        self.wide_nodes: set[ir.Node] = set()
+        self.wide: set[ir.Value] = set()
+        if half and outer is None:
+            self.wide_nodes, self.wide = wide_nodes(graph)
+        self._narrowed: dict[ir.Value, Node] = {}
         self.closure: list[Node] = []  # nodes of the outer graph that are passed to this one, in order
 
     # --- writing ------------------------------------------------------------------------------------------------
@@ -128,7 +108,7 @@ class GraphEmitter:
             self._inputs()
         for node in self.graph:
             self._node(node)
-        return [self.tensor(value) for value in self.graph.outputs]
+        return [self.narrowed(value) for value in self.graph.outputs]
 
     def _inputs(self) -> None:
         optional = False  # Python wants a default for every argument behind one that has one
@@ -163,7 +143,7 @@ class GraphEmitter:
             self.reference = self._parameter(first)
 
     def _node(self, node: ir.Node) -> None:
-        lowering = find(node, _opset(node, self.model.opset_imports))
+        lowering = find(node, opset_of(node, self.model.opset_imports))
         assert lowering is not None
         try:
             result = lowering(Site(node, self))
@@ -208,7 +188,7 @@ class GraphEmitter:
         kinds = sorted({f"{node.op_type} ({reason})" for node, reason in self.failures})
         raise TargetError(
             f"the torch backend cannot run {len(self.failures)} node(s): {'; '.join(kinds)}",
-            where=_named([display_name(node) for node, _ in self.failures]),
+            where=named([display_name(node) for node, _ in self.failures]),
             hint="change these nodes in the model, or choose another backend",
         )
 
@@ -247,7 +227,7 @@ class GraphEmitter:
         """Make values of the graphs around this one available in it."""
         assert self._outer is not None
         for value in values:
-            held = self._outer.held(value)
+            held = self._outer.narrowed(value) if value in self._outer.wide else self._outer.held(value)
             if isinstance(held, Ints):
                 items = [i if isinstance(i, int) else self._pass_in(i, value.name or "size") for i in held.items]
                 self._held[value] = Ints(tuple(items), held.is_scalar)
@@ -283,6 +263,27 @@ class GraphEmitter:
             node = self.call(ints_tensor, items, self.reference)
             self._tensors[value] = node
         return self._tensors[value]
+
+    def wide_tensor(self, value: ir.Value) -> Node:
+        """As `tensor`, for a node that computes in the model's own dtype: constants are in theirs."""
+        if value.producer() is not None or value.const_value is None or value.is_graph_input():
+            return self.tensor(value)
+        if value.dtype is None or not value.dtype.is_floating_point():
+            return self.tensor(value)
+        node = self._get_attr(self._parameters.of(value, self.root, as_is=True))
+        node.meta["onnx_shape"] = shape_of(value)
+        return node
+
+    def narrowed(self, value: ir.Value) -> Node:
+        """As `tensor`, rounded to the precision of the activations if it was computed in a wider one."""
+        if value not in self.wide or value.dtype is not ir.DataType.FLOAT:
+            return self.tensor(value)
+        if value not in self._narrowed:
+            dtype = self.precision.of(value.dtype or ir.DataType.FLOAT)
+            node = self.call(numbers.narrowed, self.tensor(value), dtype)
+            node.meta["onnx_shape"] = shape_of(value)
+            self._narrowed[value] = node
+        return self._narrowed[value]
 
     def holds_ints(self, value: ir.Value) -> bool:
         """Whether a value is held as Python ints, or is an int constant that can be."""
@@ -379,4 +380,4 @@ def _outer_values(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in read if value not in inside]
 
 
-__all__ = ["GraphEmitter", "Item", "to_torch", "unknown_nodes"]
+__all__ = ["GraphEmitter", "Item", "to_torch"]

@@ -97,15 +97,16 @@ class Registry:
     def __init__(self, root: torch.nn.Module, precision: Precision) -> None:
         self._root = root
         self._precision = precision
-        self._targets: dict[tuple[ir.Value, int], str] = {}
+        self._targets: dict[tuple[ir.Value, int, bool], str] = {}
         self._converted: dict[int, torch.Tensor] = {}
 
-    def of(self, value: ir.Value, root: torch.nn.Module) -> str:
-        """The name under which an initializer is registered in `root`."""
-        key = (value, id(root))
+    def of(self, value: ir.Value, root: torch.nn.Module, *, as_is: bool = False) -> str:
+        """The name under which an initializer is registered in `root`; `as_is` in its own dtype."""
+        key = (value, id(root), as_is)
         if key not in self._targets:
             assert value.const_value is not None
-            tensor = self._convert(value.const_value, value.dtype or value.const_value.dtype)
+            held = value.const_value
+            tensor = tensor_of(held) if as_is else self._convert(held, value.dtype or held.dtype)
             trainable = tensor.is_floating_point() and tensor.ndim > 0
             self._targets[key] = register(root, value.name or "constant", tensor, trainable=trainable)
         return self._targets[key]

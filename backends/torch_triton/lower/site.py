@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from xform.backends.torch_triton.lower.dtypes import Precision
 from xform.graph.values import Array, attribute, constant, constant_tensor, rank_of, shape_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Site:
     def __init__(self, node: ir.Node, emitter: GraphEmitter) -> None:
         self.node = node
         self.emitter = emitter
+        self.is_wide = node in emitter.wide_nodes
 
     # --- what is known of the inputs ----------------------------------------------------------------------------
 
@@ -94,7 +96,8 @@ class Site:
 
     def torch_dtype(self, dtype: ir.DataType | int) -> torch.dtype:
         """The dtype that stands for an ONNX type here. Raises Unsupported if torch has none."""
-        found = self.emitter.precision.of(ir.DataType(dtype))
+        precision = Precision() if self.is_wide else self.emitter.precision
+        found = precision.of(ir.DataType(dtype))
         if found is None:
             raise Unsupported(f"torch has no {ir.DataType(dtype).name.lower()}")
         return found
@@ -114,7 +117,7 @@ class Site:
         value = self.value(index)
         if value is None:
             raise Unsupported(f"input {index} is missing")
-        return self.emitter.tensor(value)
+        return self.emitter.wide_tensor(value) if self.is_wide else self.emitter.narrowed(value)
 
     def optional(self, index: int) -> Node | None:
         """Input `index` as a tensor, None if it is omitted."""
@@ -139,7 +142,7 @@ class Site:
             return None
         array = tensor.numpy().reshape(())
         number: int | float | bool = array.item() if array.dtype.kind in "biuf" else float(array.astype(np.float64))
-        return self.emitter.representable(number, value.dtype)
+        return number if self.is_wide else self.emitter.representable(number, value.dtype)
 
     def ints(self, index: int) -> Ints | None:
         """Input `index`, an int vector or scalar, as Python ints; None if it is omitted.
