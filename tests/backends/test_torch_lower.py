@@ -247,3 +247,13 @@ def test_comparisons_of_positions_are_exact_in_half_precision() -> None:
     model = parse(text)
     feeds = {"p": np.array([1000, 1001, 1002, 1003]), "x": np.ones(4, np.float32)}
     assert outputs(model, feeds, dtype=torch.bfloat16, cast_outputs=True)[0].tolist() == [0, 0, 1, 1]
+
+
+def test_a_token_for_every_image_leaves_the_batch_dynamic() -> None:
+    text = """g (float[b,3,4] x, float[1,1,4] token) => (float[b,4,4] z) {
+        shape = Shape(x)  zero = Constant<value_ints=[0]>()  b = Gather(shape, zero)  rest = Constant<value_ints=[-1,-1]>()
+        ones = Constant<value_ints=[1,4]>()  target = Concat<axis=0>(b, ones)  t = Expand(token, target)
+        z = Concat<axis=1>(t, x) }"""
+    module = to_torch(parse(text, {"token": floats(1, 1, 4)}))
+    exported = torch.export.export(module, (torch.randn(2, 3, 4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert exported.module()(torch.randn(5, 3, 4))[0].shape == (5, 4, 4)

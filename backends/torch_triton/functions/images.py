@@ -122,7 +122,7 @@ def _corner_values(image: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> tor
 def center_crop_pad(x: torch.Tensor, sizes: Sequence[int], axes: Sequence[int] | None) -> torch.Tensor:
     """CenterCropPad: cut or padded with zeros around the centre."""
     for axis, size in zip(range(x.ndim) if axes is None else axes, sizes, strict=True):
-        have, want = x.shape[axis], int(size)
+        have, want = x.shape[axis], size
         if have > want:
             x = x.narrow(axis, (have - want) // 2, want)
         elif have < want:

@@ -145,4 +145,4 @@ def max_unpool(
     filled = flat.scatter(0, places.reshape(-1), x.reshape(-1)).reshape(small)
     if shape is None or list(shape) == small:
         return filled
-    return F.pad(filled, torch_pads([0] * count + [int(w) - s for w, s in zip(shape[2:], inferred, strict=True)]))
+    return F.pad(filled, torch_pads([0] * count + [w - s for w, s in zip(shape[2:], inferred, strict=True)]))

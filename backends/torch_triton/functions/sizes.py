@@ -29,14 +29,9 @@ def divide_ints(a: int, b: int) -> int:
     return a // b if (a >= 0) == (b > 0) else -(-a // b)
 
 
-def range_length(start: float, limit: float, delta: float) -> int:
-    """How many elements Range has."""
-    return max(math.ceil((limit - start) / delta), 0)
-
-
 def reshape(x: torch.Tensor, shape: Sequence[int], allow_zero: bool = False) -> torch.Tensor:
     """ONNX's Reshape: 0 keeps the dim at its place (unless `allow_zero`), -1 is inferred."""
-    sizes = [int(size) for size in shape]
+    sizes = list(shape)
     if not allow_zero:
         sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
     if -1 in sizes and x.numel() == 0:
@@ -47,4 +42,4 @@ def reshape(x: torch.Tensor, shape: Sequence[int], allow_zero: bool = False) -> 
 
 def expand(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """ONNX's Expand: broadcasting in both directions, so a 1 in `shape` keeps the dim of `x`."""
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(int(size) for size in shape)))
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(shape)))
