@@ -40,3 +40,8 @@ def test_torch_backend(tmp_path: Path) -> None:
     text = _run("torch_backend.py", tmp_path)
     assert "torch.nn.functional.rms_norm(x, [16], norm_weight" in text
     assert "gradients of 7 parameters" in text
+
+
+def test_cpu_int8(tmp_path: Path) -> None:
+    text = _run("cpu_int8.py", tmp_path)
+    assert "4 products in int8" in text and "12 operators run on packed tokens" in text

@@ -65,10 +65,11 @@ def optimize(
             `inputs`: "auto"), "auto" for batch and sequence dims, or `{"ids": {0: "batch", 1: ("seq", 1, 512)}}`.
             For an ONNX model, whose dims say so themselves: None, "auto", or the range to verify by name,
             `{"batch": (1, 8)}`.
-        preset: Which passes run: "exact".
+        preset: Which passes run: "exact", or "int8" for matrix products in int8 and float elsewhere.
         passes: Pass names or Pass objects in order, instead of the preset.
         backend: Instead of the target's default.
-        calibration: Inputs for passes that calibrate.
+        calibration: For "int8": an .npz file, a folder of them, or an iterable of inputs (dicts of arrays by name for an
+            ONNX model, arguments in any form of `inputs` for a module). Without it, seeded random data, with a warning.
         tolerance: Allowed relative error, a number or one per output name, instead of the table per dtype.
         verify: Compare numbers after "each" pass, in the end ("final"), or never ("off").
         strict: Raise where a pass would be rolled back or nothing could be compared.

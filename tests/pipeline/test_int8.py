@@ -53,6 +53,19 @@ def test_nothing_is_tried_alone_where_the_bound_holds_at_once() -> None:
     assert (found.chosen.keep, found.quantized, found.alone) == ((), 3, {})
 
 
+def test_products_that_amplify_one_another_return_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_at: list[int] = []
+
+    def error(model: ir.Model, given: Any, candidate: QuantizeProducts, expected: Any) -> float:
+        kept_at.append(len(candidate.keep))
+        return 0.6 if len(candidate.keep) == 0 else 0.01 if len(candidate.keep) >= 2 else 0.5
+
+    monkeypatch.setattr("xform.pipeline.sensitivity._error", error)
+    found = search(chain(), batches(), QuantizeProducts(max_error=0.1))
+    assert len(found.chosen.keep) == 2 and found.quantized == 1  # not all three, although none is bad alone
+    assert kept_at[-2:] == [1, 2]
+
+
 def test_an_impossible_bound_keeps_everything_in_float() -> None:
     found = search(chain(), batches(), QuantizeProducts(max_error=0.0))
     assert found.quantized == 0 and found.error == 0.0

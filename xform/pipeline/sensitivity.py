@@ -21,6 +21,7 @@ from xform.passes.integer import QuantizeProducts
 from xform.pipeline.oracle import Inputs, Session
 from xform.rewrite.passes import PassContext
 
+_STEPS = 18  # comparisons at most, about, to return products to float
 _FEW = 2  # batches that the products are ranked on: only their order matters
 
 Progress = Callable[[str, int, int], None]
@@ -84,12 +85,12 @@ def search(
     worst = sorted(names, key=lambda name: alone[name], reverse=True)
     kept = 0
     while error > max_error and kept < len(worst):
-        # errors of many layers add up like noise: return enough of them at once to make up for the excess
-        excess = error**2 - max_error**2
-        freed = 0.0
-        while kept < len(worst) and (freed == 0.0 or freed < excess):
+        # errors of several layers add up like noise at best, and amplify one another at worst: return as many at once as
+        # make up for the excess if they add up, but never more than a few, as each comparison may already hold
+        excess, freed, step = error**2 - max_error**2, 0.0, 0
+        while kept < len(worst) and step < max(1, len(worst) // _STEPS) and (step == 0 or freed < excess):
             freed += alone[worst[kept]] ** 2
-            kept += 1
+            kept, step = kept + 1, step + 1
         error = _error(model, batches, replace(candidate, keep=(*candidate.keep, *worst[:kept])), expected)
     chosen = replace(candidate, keep=(*candidate.keep, *worst[:kept]))
     return Sensitivity(chosen, len(names) - kept, error, before, alone)
