@@ -251,7 +251,8 @@ def test_comparisons_of_positions_are_exact_in_half_precision() -> None:
 
 def test_a_token_for_every_image_leaves_the_batch_dynamic() -> None:
     text = """g (float[b,3,4] x, float[1,1,4] token) => (float[b,4,4] z) {
-        shape = Shape(x)  zero = Constant<value_ints=[0]>()  b = Gather(shape, zero)  rest = Constant<value_ints=[-1,-1]>()
+        shape = Shape(x)  zero = Constant<value_ints=[0]>()  b = Gather(shape, zero)  rest =
+        Constant<value_ints=[-1,-1]>()
         ones = Constant<value_ints=[1,4]>()  target = Concat<axis=0>(b, ones)  t = Expand(token, target)
         z = Concat<axis=1>(t, x) }"""
     module = to_torch(parse(text, {"token": floats(1, 1, 4)}))
