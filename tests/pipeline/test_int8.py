@@ -15,7 +15,7 @@ import xform
 from xform.errors import UsageError
 from xform.passes.integer import QuantizeProducts
 from xform.pipeline.calibration_data import MAX_BATCHES, RANDOM_BATCHES, calibration_batches
-from xform.pipeline.sensitivity import relative_error, search
+from xform.pipeline.sensitivity import _without_pads, relative_error, search
 
 RNG = np.random.default_rng(0)
 W = {f"w{i}": (RNG.standard_normal((96, 96)) / 10).astype(np.float32) for i in range(3)}
@@ -64,6 +64,13 @@ def test_products_that_amplify_one_another_return_step_by_step(monkeypatch: pyte
     found = search(chain(), batches(), QuantizeProducts(max_error=0.1))
     assert len(found.chosen.keep) == 2 and found.quantized == 1  # not all three, although none is bad alone
     assert kept_at[-2:] == [1, 2]
+
+
+def test_rows_of_pads_do_not_count() -> None:
+    outputs, mask = {"y": np.ones((2, 3, 4)), "pooled": np.ones((2, 4))}, np.array([[1, 1, 0], [1, 0, 0]])
+    found = _without_pads(outputs, mask)
+    assert found["y"].sum() == 3 * 4 and found["pooled"].sum() == 8
+    assert _without_pads(outputs, None)["y"].sum() == 24
 
 
 def test_an_impossible_bound_keeps_everything_in_float() -> None:
