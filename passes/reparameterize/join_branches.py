@@ -1,4 +1,4 @@
-"""Parallel feed-forward branches as one wider one.
+"""Parallel branches around a nonlinearity as one wider one: feed-forward layers here, attention in `join_attention`.
 
     U1 f(W1 x + b1) + U2 f(W2 x + b2) = [U1 U2] f([W1; W2] x + [b1; b2])
 
@@ -11,19 +11,25 @@ Reparameterization", arXiv 2511.19718, which joins branches at the inputs of the
 
 from __future__ import annotations
 
+import itertools
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, constant, is_op, shape_of, used_once
+from xform.graph.values import Array, constant, is_constant, is_op, shape_of, used_once
 from xform.passes.reparameterize import linear_map
+from xform.passes.reparameterize.linear_map import LinearMap
 from xform.patterns.adapter import ACTIVATIONS
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
 from xform.rewrite.pattern import Key
 from xform.rewrite.rule import Failure, Rule
+
+_MAX_SUMMANDS = 16
 
 
 @dataclass(frozen=True)
@@ -39,64 +45,124 @@ class _Branch:
     """
 
     x: ir.Value
-    into: linear_map.LinearMap
+    into: LinearMap
     bias_in: Array | None
     activation: ir.Node
-    out: linear_map.LinearMap
+    out: LinearMap
     bias_out: Array | None
     nodes: tuple[ir.Node, ...]
 
 
-class WidenFeedForward(Rule):
-    """Two parallel feed-forward branches over the same value, meeting in an Add."""
+class JoinBranches(Rule):
+    """Two summands of one sum as one wider branch; what the branches are, subclasses say."""
 
-    name = "widen_feed_forward"
     concept = "reparameterization"
 
     def anchors(self) -> frozenset[Key] | None:
         return frozenset({("", "Add")})
 
     def reach(self) -> int:
-        return 8
+        return 10
+
+    @abstractmethod
+    def read(self, value: ir.Value) -> Any | None:
+        """The branch that ends in `value`, with its nodes in `nodes`; None if it is none."""
+
+    @abstractmethod
+    def difference(self, first: Any, second: Any) -> str | None:
+        """Why two branches are no one wider branch; empty where they have nothing to do with each other."""
+
+    @abstractmethod
+    def join(self, first: Any, second: Any, build: Builder) -> ir.Value:
+        """The wider branch."""
 
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        if len(node.inputs) != 2:
-            return
-        first, second = (_branch(value) for value in node.inputs)
-        if first is None or second is None or first.x is not second.x or first.activation is second.activation:
-            return
-        reason = _difference(first, second)
-        if reason is not None:
-            yield Failure(reason, (node, first.activation, second.activation))
-            return
-        everything = [node, *first.nodes, *second.nodes]
-        yield Match(nodes=dict(enumerate(everything)), roots=(node.outputs[0],), data={"branches": (first, second)})
+        leaves, interior = summands(node)
+        branches = [(leaf, branch) for leaf in leaves if (branch := self.read(leaf)) is not None]
+        for (left, first), (right, second) in itertools.combinations(branches, 2):
+            reason = self.difference(first, second)
+            if reason is None:
+                rest = [leaf for leaf in leaves if leaf is not left and leaf is not right]
+                everything = [*interior, *first.nodes, *second.nodes]
+                data = {"branches": (first, second), "rest": rest}
+                yield Match(nodes=dict(enumerate(everything)), roots=(node.outputs[0],), data=data)
+            elif reason:
+                yield Failure(reason, (node, first.nodes[0], second.nodes[0]))
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
         first, second = match.data["branches"]
-        hidden = build.op("MatMul", first.x, build.constant(_joined(first.into, second.into, 1), "wide_in"))
-        if first.bias_in is not None or second.bias_in is not None:
-            both = np.concatenate([_bias(b.bias_in, b.into) for b in (first, second)])
-            hidden = build.op(
-                "Add", hidden, build.constant(linear_map.narrowed(both, first.into.dtype), "wide_in_bias")
-            )
+        value = self.join(first, second, build)
+        for other in match.data["rest"]:
+            value = build.op("Add", other, value)
+        return value
+
+
+def summands(node: ir.Node) -> tuple[list[ir.Value], list[ir.Node]]:
+    """The values that a tree of Adds, each read by the next alone, adds up, and its nodes; biases are no summands."""
+    leaves: list[ir.Value] = []
+    interior: list[ir.Node] = [node]
+    stack = [v for v in reversed(node.inputs) if v is not None]
+    while stack and len(interior) < _MAX_SUMMANDS:
+        value = stack.pop()
+        maker = value.producer()
+        inner = [v for v in maker.inputs if v is not None] if maker is not None and is_op(maker, "Add") else []
+        same = len(inner) == 2 and all(not is_constant(v) and shape_of(v) == shape_of(value) for v in inner)
+        if maker is not None and same and used_once(value) and maker.graph is node.graph:
+            interior.append(maker)
+            stack.extend(reversed(inner))
+        else:
+            leaves.append(value)
+    return [*leaves, *stack], interior
+
+
+class WidenFeedForward(JoinBranches):
+    """Two parallel feed-forward branches over the same value."""
+
+    name = "widen_feed_forward"
+
+    def read(self, value: ir.Value) -> _Branch | None:
+        return _branch(value)
+
+    def difference(self, first: _Branch, second: _Branch) -> str | None:
+        if first.x is not second.x or first.activation is second.activation:
+            return ""
+        return _difference(first, second)
+
+    def join(self, first: _Branch, second: _Branch, build: Builder) -> ir.Value:
+        hidden = joined_linear(first.into, second.into, first.bias_in, second.bias_in, first.x, build)
         if is_op(first.activation, "Mul"):
             active = build.op("Mul", hidden, build.op("Sigmoid", hidden))
         else:
             attributes = {name: attr.value for name, attr in first.activation.attributes.items()}
             active = build.op(first.activation.op_type, hidden, *first.activation.inputs[1:], **attributes)
-        result = build.op("MatMul", active, build.constant(_joined(first.out, second.out, 0), "wide_out"))
-        if first.bias_out is None and second.bias_out is None:
-            return result
-        total = _bias(first.bias_out, first.out) + _bias(second.bias_out, second.out)
-        return build.op("Add", result, build.constant(linear_map.narrowed(total, first.out.dtype), "wide_out_bias"))
+        return stacked_linear(first.out, second.out, first.bias_out, second.bias_out, active, build)
 
 
-def _joined(a: linear_map.LinearMap, b: linear_map.LinearMap, axis: int) -> ir.TensorProtocol:
-    return linear_map.narrowed(np.concatenate([a.weight, b.weight], axis=axis), a.dtype)
+def joined_linear(
+    a: LinearMap, b: LinearMap, bias_a: Array | None, bias_b: Array | None, x: ir.Value, build: Builder
+) -> ir.Value:
+    """[A(x), B(x)] over the last axis."""
+    weight = np.concatenate([a.weight, b.weight], axis=1)
+    value = build.op("MatMul", x, build.constant(linear_map.narrowed(weight, a.dtype), "joined"))
+    if bias_a is None and bias_b is None:
+        return value
+    both = np.concatenate([_bias(bias_a, a), _bias(bias_b, b)])
+    return build.op("Add", value, build.constant(linear_map.narrowed(both, a.dtype), "joined_bias"))
 
 
-def _bias(bias: Array | None, linear: linear_map.LinearMap) -> Array:
+def stacked_linear(
+    a: LinearMap, b: LinearMap, bias_a: Array | None, bias_b: Array | None, x: ir.Value, build: Builder
+) -> ir.Value:
+    """A(x1) + B(x2) for x = [x1, x2] over the last axis."""
+    weight = np.concatenate([a.weight, b.weight], axis=0)
+    value = build.op("MatMul", x, build.constant(linear_map.narrowed(weight, a.dtype), "stacked"))
+    if bias_a is None and bias_b is None:
+        return value
+    total = _bias(bias_a, a) + _bias(bias_b, b)
+    return build.op("Add", value, build.constant(linear_map.narrowed(total, a.dtype), "stacked_bias"))
+
+
+def _bias(bias: Array | None, linear: LinearMap) -> Array:
     return np.zeros(linear.output_channels()) if bias is None else bias
 
 
@@ -115,7 +181,7 @@ def _difference(a: _Branch, b: _Branch) -> str | None:
 
 
 def _branch(value: ir.Value | None) -> _Branch | None:
-    out = _linear(value)
+    out = linear_behind(value)
     if out is None:
         return None
     operand, out_map, bias_out, out_nodes = out
@@ -131,7 +197,7 @@ def _branch(value: ir.Value | None) -> _Branch | None:
     elif not is_op(activation, *ACTIVATIONS) or is_op(activation, "PRelu"):
         return None
     readers = 2 if extra else 1
-    found = _linear(inner, readers)
+    found = linear_behind(inner, readers)
     if found is None:
         return None
     x, in_map, bias_in, in_nodes = found
@@ -139,9 +205,9 @@ def _branch(value: ir.Value | None) -> _Branch | None:
     return _Branch(x, in_map, bias_in, activation, out_map, bias_out, nodes)
 
 
-def _linear(
+def linear_behind(
     value: ir.Value | None, readers: int = 1
-) -> tuple[ir.Value, linear_map.LinearMap, Array | None, tuple[ir.Node, ...]] | None:
+) -> tuple[ir.Value, LinearMap, Array | None, tuple[ir.Node, ...]] | None:
     """`value` = x W (+ b), read `readers` times: x, the map, the bias and the nodes."""
     node = value.producer() if value is not None else None
     if value is None or node is None or value.is_graph_output() or len(value.uses()) != readers:

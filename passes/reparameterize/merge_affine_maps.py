@@ -50,6 +50,7 @@ from xform.passes.reparameterize.affine_region import (
 from xform.passes.reparameterize.bias_padding import BiasPadding
 from xform.passes.reparameterize.channel_path import VIEWS, affine_of, axis_after
 from xform.passes.reparameterize.fold_batch_norm import FoldIntoLinear
+from xform.passes.reparameterize.join_attention import JoinAttention
 from xform.passes.reparameterize.join_branches import WidenFeedForward
 from xform.passes.reparameterize.linear_map import shared_note
 from xform.rewrite.builder import Builder
@@ -255,4 +256,12 @@ class MergeAffineMaps(RewritePass):
     name = "merge_affine_maps"
 
     def rules(self) -> Sequence[Rule]:
-        return (BiasPadding(), FoldIntoLinear(), MergeAt(), MergeIntoReaders(), WidenFeedForward(), NonlinearAdapter())
+        return (
+            BiasPadding(),
+            FoldIntoLinear(),
+            MergeAt(),
+            MergeIntoReaders(),
+            WidenFeedForward(),
+            JoinAttention(),
+            NonlinearAdapter(),
+        )
