@@ -57,6 +57,8 @@ class TorchRunner:
                 if self._call is None:
                     self._call = self._chosen(tensors)
                 outputs = self._call(*tensors)
+                if isinstance(self._call, Replayer):
+                    self._artifact.metadata["cuda_graph"] = self._call.refused or "recorded"
             except (RuntimeError, IndexError, ValueError) as error:
                 raise _run_error(error) from error
         return [_output(output, devices[0] if devices else None) for output in outputs]
@@ -69,14 +71,15 @@ class TorchRunner:
         """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
         if self._device.type == "cuda":
             self._artifact.metadata["kernels"] = choose(self._module, tensors)
-        plain: Callable[..., Any] = self._module
-        if self._device.type == "cuda" and self._is_static():
-            plain = Replayer(self._module)
+        recorded = self._device.type == "cuda" and self._is_static()
+        plain: Callable[..., Any] = Replayer(self._module) if recorded else self._module
         mode = self._artifact.compile
         if mode == "off":
             return plain
-        options: dict[str, Any] = {"mode": "max-autotune"} if mode == "max-autotune" else {}
+        # CUDA graphs are recorded here, not by torch.compile: its outputs are overwritten by the next call
+        options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if mode == "max-autotune" else {}
         compiled = torch.compile(self._module, dynamic=None if self._is_static() else True, **options)
+        compiled = Replayer(compiled) if recorded else compiled
         contenders = {"off": plain, mode: compiled}
         seconds = {name: _seconds(call, tensors, self._device) for name, call in contenders.items()}
         chosen = min(seconds, key=lambda name: seconds[name])
