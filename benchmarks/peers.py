@@ -53,7 +53,7 @@ def environment() -> dict[str, str]:
 
 
 def prepare(contender: str, case: Case, folder: Path) -> dict[str, Any]:
-    """Run peers_prepare.py; its answer, remembered in the folder."""
+    """Run peers_prepare.py; its answer, remembered in the folder unless it failed."""
     memory = folder / f"{contender}.json"
     if memory.exists():
         return dict(json.loads(memory.read_text()))
@@ -69,7 +69,8 @@ def prepare(contender: str, case: Case, folder: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         answer = {"error": f"not ready after {PREPARE_SECONDS:.0f} s"}
     answer["prepare_seconds"] = round(time.perf_counter() - start, 1)
-    memory.write_text(json.dumps(answer))
+    if "error" not in answer:
+        memory.write_text(json.dumps(answer))
     return dict(answer)
 
 

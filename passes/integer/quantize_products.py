@@ -8,8 +8,8 @@ exceeded; weights are int8 with one scale per output channel. The sums are exact
 (`DynamicQuantizeMatMul`, or `MatMulIntegerToFloat` where several products read one input).
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference", section 2.1; Bhandare et al. 2019, "Efficient 8-Bit Quantization of Transformer Neural Machine Language
-Translation Model", for the choice of products.
+Inference", section 2.1; Bhandare et al. 2019, "Efficient 8-Bit Quantization of Transformer Neural Machine
+Language Translation Model", for the choice of products.
 
 Legal: a constant float32 weight of rank 2 with finite entries, a float32 operand.
 Profitable: at least `smallest` weights, K and N at least 32: below, finding the range of X costs more than the product
