@@ -16,8 +16,8 @@ Profitable: at least `smallest` weights, K and N at least 32: below, finding the
 saves. Products in `keep` (original node names) stay in float; `xform.pipeline.sensitivity` finds which have to.
 
 The limit. Without dot-product instructions (VNNI and the like) x86 adds two products u8 * s8 in 16 bits, which
-saturates at 2 * 255 * 127 > 32767. With |Wq| <= 63 it cannot: 2 * 255 * 63 = 32130. So `weight_bits` is 8 where this machine has
-such instructions and 7 elsewhere; an artifact made with 8 is meant for machines that have them.
+saturates at 2 * 255 * 127 > 32767. With |Wq| <= 63 it cannot: 2 * 255 * 63 = 32130. So `weight_bits` is 8 where this
+machine has such instructions and 7 elsewhere; an artifact made with 8 is meant for machines that have them.
 """
 
 from __future__ import annotations
