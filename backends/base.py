@@ -29,7 +29,8 @@ class LowerOptions:
         attention: The first form to try for attention, where the backend has several: "packed" (projections taken in),
             "multi_head" (one operator on queries, keys and values), "written" (products and a softmax).
         precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own.
-        compile: For torch: "off", or torch.compile of the lowered module ("inductor", "max-autotune") where it is faster.
+        compile: For torch: "off", or torch.compile of the lowered module ("inductor", "max-autotune") where that is
+            faster.
         compile_only: The result is not run here, so the device need not be here.
     """
 

@@ -68,8 +68,8 @@ def optimize(
         preset: Which passes run: "exact", or "int8" for matrix products in int8 and float elsewhere.
         passes: Pass names or Pass objects in order, instead of the preset.
         backend: Instead of the target's default.
-        calibration: For "int8": an .npz file, a folder of them, or an iterable of inputs (dicts of arrays by name for an
-            ONNX model, arguments in any form of `inputs` for a module). Without it, seeded random data, with a warning.
+        calibration: For "int8": an .npz file, a folder of them, or an iterable of inputs (dicts of arrays by name for
+            an ONNX model, arguments in any form of `inputs` for a module). Without it, seeded random data, with a warning.
         tolerance: Allowed relative error, a number or one per output name, instead of the table per dtype.
         verify: Compare numbers after "each" pass, in the end ("final"), or never ("off").
         strict: Raise where a pass would be rolled back or nothing could be compared.
@@ -77,8 +77,8 @@ def optimize(
         portable: Standard ONNX operators only.
         tune: Time lowerings, and other backends that are installed, on this machine, and keep the fastest: "off",
             "quick" or "full". The model as it came is always among them. Decisions are remembered.
-        precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own (backend
-            torch_triton).
+        precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own
+            (backend torch_triton).
         compile: Run the result through torch.compile where that is faster: "off", "inductor" or "max-autotune" (backend
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
