@@ -69,7 +69,8 @@ def optimize(
         passes: Pass names or Pass objects in order, instead of the preset.
         backend: Instead of the target's default.
         calibration: For "int8": an .npz file, a folder of them, or an iterable of inputs (dicts of arrays by name for
-            an ONNX model, arguments in any form of `inputs` for a module). Without it, seeded random data, with a warning.
+            an ONNX model, arguments in any form of `inputs` for a module). Without it, seeded random data, with a
+            warning.
         tolerance: Allowed relative error, a number or one per output name, instead of the table per dtype.
         verify: Compare numbers after "each" pass, in the end ("final"), or never ("off").
         strict: Raise where a pass would be rolled back or nothing could be compared.
