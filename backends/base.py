@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import onnx_ir as ir
 
+from xform.errors import UsageError
 from xform.target import Target
 
 
@@ -115,3 +116,12 @@ class Backend(Protocol):
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Runner:
         """Load an artifact of this backend on this machine."""
+
+
+def check_names(feeds: Mapping[str, Any], inputs: Sequence[str], required: Sequence[str]) -> None:
+    """Every required input is fed, and nothing that is no input; else a UsageError that names the first such one."""
+    missing = [name for name in required if name not in feeds]
+    unknown = [name for name in feeds if name not in inputs]
+    if missing or unknown:
+        what = f"input {missing[0]!r} is missing" if missing else f"the model has no input named {unknown[0]!r}"
+        raise UsageError(what, hint=f"its inputs are: {', '.join(inputs) or 'none'}")

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-WORKER = HERE.parent / "xform" / "report" / "latency_worker.py"
 FP32_PEERS = ("ort", "ort-transformers", "onnxscript", "onnxslim", "inductor", "openvino")
 INT8_PEERS = ("ort-int8", "openvino-int8")
 CONTENDERS = ("xform", *FP32_PEERS, "xform-int8", *INT8_PEERS)
@@ -85,8 +84,7 @@ class Contender:
             env=environment(),
         )  # fmt: skip
         try:
-            paths = {"feeds": str(folder / "feeds.npz"), "worker": str(WORKER)}
-            self.ask({**request, **paths, "threads": threads})
+            self.ask({**request, "feeds": str(folder / "feeds.npz"), "threads": threads})
         except RuntimeError:
             self.close()
             raise

@@ -12,22 +12,23 @@ import json
 import os
 import runpy
 import sys
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Run = Callable[[], list[Any]]
-WARM_UP = 2
-MIN_RUNS = 3
+WORKER = (
+    Path(__file__).parent.parent / "xform" / "report" / "latency_worker.py"
+)  # a script: importing xform takes seconds
 
 
 def open_runtime(request: dict[str, Any], feeds: dict[str, Any]) -> Run:
     """A session of ONNX Runtime or a compiled OpenVINO model, as xform's own worker opens it."""
     import onnx
 
-    worker = runpy.run_path(request["worker"])
+    worker = runpy.run_path(str(WORKER))
     if request["kind"] == "onnxruntime":  # OpenVINO's opener leaves out what the model does not read
         wanted = {value.name for value in onnx.load(request["model"], load_external_data=False).graph.input}
         feeds = {name: array for name, array in feeds.items() if name in wanted}
@@ -62,24 +63,12 @@ def open_inductor(request: dict[str, Any], feeds: dict[str, Any]) -> Run:
 OPENERS = {"onnxruntime": open_runtime, "openvino": open_runtime, "inductor": open_inductor}
 
 
-def one_round(run: Run, seconds: float) -> list[float]:
-    """Milliseconds of each run, for about `seconds` and at least a few runs."""
-    for _ in range(WARM_UP):
-        run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < MIN_RUNS or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def main() -> None:
     """Serve requests until stdin closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
     run: Run | None = None
+    one_round = runpy.run_path(str(WORKER))["one_round"]
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any]

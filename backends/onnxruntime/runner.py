@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from xform.backends.base import check_names
 from xform.errors import TargetError, UsageError
 
 # dtypes without a NumPy type of their own travel as integers of the same width
@@ -58,7 +59,7 @@ class OnnxRuntimeRunner:
         """See `xform.backends.base.Runner.run`."""
         if self._session is None:
             raise UsageError("this runner was closed", hint="load the artifact again")
-        self._check_names(feeds)
+        check_names(feeds, self.input_names, self._required)
         as_torch = any(isinstance(value, torch.Tensor) for value in feeds.values())
         try:
             if self._carried:
@@ -75,13 +76,6 @@ class OnnxRuntimeRunner:
         """See `xform.backends.base.Runner.close`."""
         self._session = None
         self._weights = []
-
-    def _check_names(self, feeds: Mapping[str, Any]) -> None:
-        missing = [name for name in self._required if name not in feeds]
-        unknown = [name for name in feeds if name not in self._inputs]
-        if missing or unknown:
-            what = f"input {missing[0]!r} is missing" if missing else f"the model has no input named {unknown[0]!r}"
-            raise UsageError(what, hint=f"its inputs are: {', '.join(self.input_names) or 'none'}")
 
     def _array(self, name: str, value: Any) -> Any:
         """`value` as an array that ONNX Runtime takes, without a copy where it is one already."""

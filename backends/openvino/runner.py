@@ -10,6 +10,7 @@ import onnx_ir as ir
 import openvino as ov
 import torch
 
+from xform.backends.base import check_names
 from xform.errors import TargetError, UsageError
 
 
@@ -34,11 +35,7 @@ class OpenVinoRunner:
         """See `xform.backends.base.Runner.run`."""
         if self._request is None:
             raise UsageError("this runner was closed", hint="load the artifact again")
-        missing = [name for name in self._required if name not in feeds]
-        unknown = [name for name in feeds if name not in self._inputs]
-        if missing or unknown:
-            what = f"input {missing[0]!r} is missing" if missing else f"the model has no input named {unknown[0]!r}"
-            raise UsageError(what, hint=f"its inputs are: {', '.join(self.input_names) or 'none'}")
+        check_names(feeds, self.input_names, self._required)
         as_torch = any(isinstance(value, torch.Tensor) for value in feeds.values())
         # an input that the graph does not read is none of the compiled model's
         tensors = {name: ov.Tensor(self._array(name, v)) for name, v in feeds.items() if name in self._known}

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from xform.backends.base import check_names
 from xform.backends.torch_triton.choose import choose
 from xform.backends.torch_triton.cuda_graphs import Replayer
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
@@ -43,7 +44,7 @@ class TorchRunner:
         """See `xform.backends.base.Runner.run`."""
         if self._module is None:
             raise UsageError("this runner was closed", hint="load the artifact again")
-        self._check_names(feeds)
+        check_names(feeds, self.input_names, self._required)
         devices = [value.device for value in feeds.values() if isinstance(value, torch.Tensor)]
         tensors = [self._tensor(name, feeds[name]) if name in feeds else None for name in self.input_names]
         if not self._artifact.examples:
@@ -89,13 +90,6 @@ class TorchRunner:
     def _is_static(self) -> bool:
         shapes = [value.shape for value in self._inputs.values()]
         return all(shape is not None and all(isinstance(dim, int) for dim in shape) for shape in shapes)
-
-    def _check_names(self, feeds: Mapping[str, Any]) -> None:
-        missing = [name for name in self._required if name not in feeds]
-        unknown = [name for name in feeds if name not in self._inputs]
-        if missing or unknown:
-            what = f"input {missing[0]!r} is missing" if missing else f"the model has no input named {unknown[0]!r}"
-            raise UsageError(what, hint=f"its inputs are: {', '.join(self.input_names) or 'none'}")
 
     def _tensor(self, name: str, value: Any) -> Any:
         """`value` as a tensor on the device, without a copy where it is there already."""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph import dims
-from xform.graph.dims import Expr
+from xform.graph.dims import product_of_sizes
 from xform.graph.values import Array, attribute, constant, is_op, rank_of, shape_of
 from xform.passes.reparameterize.constant_expression import evaluate
 from xform.rewrite.builder import Builder
@@ -55,20 +54,11 @@ def _moved(node: ir.Node, axis: int, start: ir.Value | None, end: ir.Value | Non
         return list(perm).index(axis) if outward else int(perm[axis])
     if not is_op(node, *VIEWS) or not isinstance(here[axis], int):
         return None
-    inner = _product(here[axis + 1 :])
+    inner = product_of_sizes(here[axis + 1 :])
     for index, size in enumerate(there):
-        if size == here[axis] and inner is not None and _product(there[index + 1 :]) == inner:
+        if size == here[axis] and inner is not None and product_of_sizes(there[index + 1 :]) == inner:
             return index
     return None
-
-
-def _product(sizes: tuple[int | str | None, ...]) -> Expr | None:
-    total: Expr = 1
-    for size in sizes:
-        if size is None:
-            return None
-        total = dims.mul(total, size if isinstance(size, int) else dims.parse(size))
-    return total
 
 
 def axis_through(node: ir.Node, value: ir.Value, axis: int, affine: Affine) -> int | None:

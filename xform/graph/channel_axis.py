@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from xform.graph import dims
-from xform.graph.dims import Expr
+from xform.graph.dims import product_of_sizes
 from xform.graph.values import attribute, constant, is_constant, is_op, rank_of, scalar, shape_of
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -134,20 +133,11 @@ def _view(node: ir.Node, axis: int) -> Operands:
     before, after = shape_of(node.inputs[0]), shape_of(node.outputs[0])
     if before is None or after is None:
         return f"the rank of {node.op_type} is unknown"
-    behind = _product(after[axis + 1 :])
+    behind = product_of_sizes(after[axis + 1 :])
     for index, size in enumerate(before):
-        if size == after[axis] and behind is not None and _product(before[index + 1 :]) == behind:
+        if size == after[axis] and behind is not None and product_of_sizes(before[index + 1 :]) == behind:
             return {0: index}
     return f"{node.op_type} does not keep the channels as one axis"
-
-
-def _product(sizes: tuple[int | str | None, ...]) -> Expr | None:
-    total: Expr = 1
-    for size in sizes:
-        if size is None:
-            return None
-        total = dims.mul(total, size if isinstance(size, int) else dims.parse(size))
-    return total
 
 
 def _transpose(node: ir.Node, axis: int) -> Operands:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Monomial = tuple[str, ...]  # sorted symbols, repeated for powers; () for the constant term
@@ -119,6 +119,13 @@ def product(values: list[Expr]) -> Expr:
     for value in values:
         total = mul(total, value)
     return total
+
+
+def product_of_sizes(sizes: Sequence[int | str | None]) -> Expr | None:
+    """The number of elements of dims as `xform.graph.values.shape_of` gives them; None if one is unknown."""
+    if any(size is None for size in sizes):
+        return None
+    return product([size if isinstance(size, int) else parse(size) for size in sizes if size is not None])
 
 
 def exact_div(a: Expr, b: Expr) -> Expr | None:
