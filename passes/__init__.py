@@ -23,7 +23,8 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
-from xform.passes.integer import QuantizeProducts
+from xform.passes.fuse import AbsorbChannelShuffle, SplitChannelMultiplier
+from xform.passes.integer import QuantizeProducts, QuantizeStatic
 from xform.passes.normalize import (
     AbsorbNormAffine,
     CompressRMSNorm,
@@ -60,8 +61,12 @@ PASSES: dict[str, type[Pass]] = {
         WidenNormStatistics,
         # attention
         PackTokens,
+        # fuse
+        SplitChannelMultiplier,
+        AbsorbChannelShuffle,
         # integer
         QuantizeProducts,
+        QuantizeStatic,
         # cleanup
         EliminateIdentities,
         FoldConstants,

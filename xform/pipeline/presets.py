@@ -31,6 +31,9 @@ EXACT: tuple[str, ...] = (
     # algebra on weights
     "raise_block_linear",
     "merge_affine_maps",
+    # operators in the shapes that run fast
+    "split_channel_multiplier",
+    "absorb_channel_shuffle",
     # what the above left behind
     "simplify_layout",
     "fold_shape_arithmetic",
