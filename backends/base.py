@@ -55,6 +55,25 @@ class LoadOptions:
     threads: int | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Something that a backend decided by itself, for `explain`.
+
+    Attributes:
+        rule: What was decided about: the name of a kernel or a form.
+        applied: Whether it is used.
+        nodes: Original names of the nodes concerned.
+        reason: What was measured, or why it is not used.
+        concept: What users ask about ("layer_norm", "attention", ...).
+    """
+
+    rule: str
+    applied: bool
+    nodes: tuple[str, ...] = ()
+    reason: str = ""
+    concept: str = ""
+
+
 @dataclass
 class Artifact(ABC):
     """What a backend made of a graph.
@@ -63,11 +82,13 @@ class Artifact(ABC):
         backend: Name of the backend.
         target: What it was lowered for.
         metadata: JSON-ready facts about it: opset, lowered operators, session options, size.
+        choices: What the backend decided and nobody has taken into a report yet; a first run can add to it.
     """
 
     backend: str
     target: Target
     metadata: dict[str, Any] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
     def save(self, path: Path) -> list[Path]:

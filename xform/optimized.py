@@ -48,7 +48,8 @@ class Optimized(ABC):
 
     @property
     def report(self) -> Report:
-        """See the class."""
+        """See the class. Grows when a backend decides something at a first run."""
+        self._compiled.note_choices()
         return self._compiled.report
 
     @property

@@ -79,29 +79,31 @@ class TorchTritonBackend:
             TargetError: Operators that cannot be written in torch, all of them by name.
             UsageError: An unknown precision or compile mode, or an opset, which torch modules do not have.
         """
-        from xform.backends.torch_triton.fuse import fuse
+        from xform.backends.torch_triton.choose import settled
+        from xform.backends.torch_triton.fuse import counts, fuse
         from xform.backends.torch_triton.lower import to_torch
 
         _check(options)
         precision = None if options.precision in (None, "float32") else options.precision
         model = clone(graph)
         module = to_torch(model, dtype=_dtype(precision), cast_outputs=True)
-        forms = fuse(module) if target.kind == "cuda" else {}
+        found = fuse(module) if target.kind == "cuda" else []
         operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata: dict[str, Any] = {
             "opset": model.opset_imports.get("", 0),
             "source_opset": source_opset(graph),
             "portable": False,
             "domains": sorted({node.domain or "ai.onnx" for node in model.graph.all_nodes()}),
-            "lowered": forms,
+            "lowered": counts(found),
             "operators": dict(sorted(operators.items())),
             "placement": {f"torch {target.kind}": operators.total()},
             "precision": options.precision,
             "compile": options.compile,
         }
         return TorchArtifact(
-            self.name, target, metadata, model=model, module=module, precision=precision, compile=options.compile
-        )
+            self.name, target, metadata, model=model, module=module, precision=precision, compile=options.compile,
+            choices=settled(found, runs_here=not options.compile_only),
+        )  # fmt: skip
 
     def load(self, artifact: Artifact, options: LoadOptions) -> TorchRunner:
         """Put the module on its device. Raises TargetError where that is missing."""

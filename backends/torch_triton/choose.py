@@ -3,7 +3,8 @@
 A lowered module is run once on real inputs. Every call of a kernel is timed there against its naive twin, which
 torch runs with its own kernels, and the call becomes one of the naive twin where that is as fast. What was found is
 remembered in a file by device, kernel, and the shapes, dtypes and strides of the arguments, so a model is measured
-once on a machine.
+once on a machine. Triton's choice among the configurations of a kernel (kernels/tuning.py) comes before: it is made by
+the first of the timed calls.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from xform.backends.torch_triton.kernels import Kernel, kernels
+from xform.backends.base import Choice
+from xform.backends.torch_triton.kernels import Finding, Kernel, kernels
 from xform.errors import OutputError
 from xform.graph.atomic import write_bytes
 
@@ -41,7 +43,8 @@ def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -
         timer: Seconds of one call; CUDA events by default.
 
     Returns:
-        A line for each kind of call: kernel, shapes, seconds of both, and which one is kept.
+        A line for each kind of call: kernel, concept, shapes, nodes (of each call), seconds of both, the configurations
+        that Triton chose, and whether the kernel is kept.
     """
     decisions = _read()
     chooser = _Chooser(module, decisions, timer or cuda_seconds)
@@ -73,20 +76,53 @@ class _Chooser(Interpreter):
         kernel = self.by_target.get(n.target) if n.op == "call_function" else None
         if kernel is not None:
             arguments, _ = self.fetch_args_kwargs_from_env(n)
-            if not self._keep(kernel, arguments):
+            if not self._keep(kernel, arguments, n.meta["finding"]):
                 self.replaced.append(n)
         return super().run_node(n)
 
-    def _keep(self, kernel: Kernel, arguments: tuple[Any, ...]) -> bool:
+    def _keep(self, kernel: Kernel, arguments: tuple[Any, ...], finding: Finding) -> bool:
         key = f"{_device(arguments)} {kernel.name} {' '.join(map(_describe, arguments))}"
         if key not in self.decisions:
+            from xform.backends.torch_triton.kernels.tuning import choices
+
             self.measured = True
             ours, torchs = (self.timer(function, arguments) for function in (kernel.op, kernel.naive))
-            self.decisions[key] = {"kernel_seconds": ours, "torch_seconds": torchs, "keep": torchs >= ours * _GAIN}
+            self.decisions[key] = {
+                "kernel_seconds": ours, "torch_seconds": torchs, "keep": torchs >= ours * _GAIN,
+                "configurations": choices(kernel.tuner),
+            }  # fmt: skip
         found = self.decisions[key]
         shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
-        self.lines[key] = {"kernel": kernel.name, "shapes": shapes, **found}
+        start = {"kernel": kernel.name, "concept": finding.concept, "shapes": shapes, "nodes": [], **found}
+        line = self.lines.setdefault(key, start)
+        line["nodes"].append(list(finding.nodes))
         return bool(found["keep"])
+
+
+def settled(found: list[Finding], *, runs_here: bool) -> list[Choice]:
+    """What lowering alone decides: every miss, and the uses that `choose` will not question (see `as_choices`)."""
+    measured = {name for name, kernel in kernels().items() if kernel.tuner is not None} if runs_here else set()
+    return [
+        Choice(one.kernel, not one.missed, one.nodes, one.missed, one.concept)
+        for one in found
+        if one.missed or one.kernel not in measured
+    ]
+
+
+def as_choices(lines: list[dict[str, Any]]) -> list[Choice]:
+    """What `choose` decided, place by place."""
+    return [
+        Choice(line["kernel"], line["keep"], tuple(nodes), _compared(line), line["concept"])
+        for line in lines
+        for nodes in line["nodes"]
+    ]
+
+
+def _compared(line: dict[str, Any]) -> str:
+    ours, torchs = (f"{1e6 * line[key]:.1f} us" for key in ("kernel_seconds", "torch_seconds"))
+    shapes = ", ".join("x".join(map(str, shape)) for shape in line["shapes"])
+    gain = "" if line["keep"] else ", which gains nothing: torch is kept"
+    return f"the kernel takes {ours}, torch's own {torchs} on {shapes}{gain}"
 
 
 def _overload(op: Any) -> Any:

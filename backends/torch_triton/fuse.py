@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from xform.backends.torch_triton.kernels import common, kernels
+from xform.backends.torch_triton.kernels import Finding, common, kernels
 
 
-def fuse(module: GraphModule) -> dict[str, int]:
-    """How many calls of which kernel there are now in the module (in its submodules too)."""
-    found: dict[str, int] = {}
+def fuse(module: GraphModule) -> list[Finding]:
+    """Put kernels into a module and its submodules; where they are now, and where they nearly were."""
+    found: list[Finding] = []
     for part in module.modules():
-        if not isinstance(part, GraphModule):
-            continue
-        counts = {kernel.name: kernel.fuse(part) for kernel in kernels().values()}
-        counts["linear"] = fuse_linear(part)
-        for name, count in counts.items():
-            if count:
-                found[name] = found.get(name, 0) + count
+        if isinstance(part, GraphModule):
+            for kernel in kernels().values():
+                found += kernel.fuse(part)
+            found += fuse_linear(part)
     return found
 
 
-def fuse_linear(module: GraphModule) -> int:
+def counts(found: list[Finding]) -> dict[str, int]:
+    """How many calls of which kernel there are."""
+    return dict(sorted(Counter(finding.kernel for finding in found if not finding.missed).items()))
+
+
+def fuse_linear(module: GraphModule) -> list[Finding]:
     """x W + b with a weight W [K, N] and a bias b [N] as one product whose epilogue adds the bias."""
-    count = 0
+    done: list[Finding] = []
     for node in list(module.graph.nodes):
         found = _product_and_bias(node)
         if found is None:
@@ -38,9 +41,9 @@ def fuse_linear(module: GraphModule) -> int:
         with module.graph.inserting_before(node):
             turned = module.graph.call_function(torch.t, (weight,))  # a view
             linear = module.graph.call_function(F.linear, (x, turned, bias))
+        done.append(Finding("linear", "linear", common.origins(product, node)))
         common.swap(module, node, linear)
-        count += 1
-    return common.tidy(module, count)
+    return common.tidy(module, done)
 
 
 def _product_and_bias(node: Node) -> tuple[Node, Any] | None:

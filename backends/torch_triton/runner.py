@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from xform.backends.base import check_names
-from xform.backends.torch_triton.choose import choose
+from xform.backends.torch_triton.choose import as_choices, choose
 from xform.backends.torch_triton.cuda_graphs import Replayer
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
 from xform.backends.torch_triton.lower.parameters import array_of, torch_of
@@ -71,7 +71,9 @@ class TorchRunner:
     def _chosen(self, tensors: list[Any]) -> Callable[..., Any]:
         """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
         if self._device.type == "cuda":
-            self._artifact.metadata["kernels"] = choose(self._module, tensors)
+            measured = choose(self._module, tensors)
+            self._artifact.metadata["kernels"] = measured
+            self._artifact.choices += as_choices(measured)
         recorded = self._device.type == "cuda" and self._is_static()
         plain: Callable[..., Any] = Replayer(self._module) if recorded else self._module
         mode = self._artifact.compile

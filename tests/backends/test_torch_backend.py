@@ -94,6 +94,7 @@ def test_compile_only_lowers_without_a_gpu(block: Block, tmp_path: Path) -> None
     lowered = xform.optimize(block, target="cuda", inputs=torch.randn(2, 5, 16), compile_only=True)
     assert any("not run and not compared" in warning for warning in lowered.report.warnings)
     assert lowered.artifact.metadata["lowered"]["residual_norm"] == 2
+    assert lowered.explain("layer_norm").count("done   torch_triton/residual_norm") == 2
     with pytest.raises(TargetError, match="compiled on the GPU"):
         lowered.save(tmp_path / "m.pt2")
 

@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 
 from support import floats, parse
 
-from xform.backends.torch_triton.choose import cache_file, choose, wall_seconds
-from xform.backends.torch_triton.fuse import fuse
+from xform.backends.torch_triton.choose import as_choices, cache_file, choose, settled, wall_seconds
+from xform.backends.torch_triton.fuse import counts, fuse
 from xform.backends.torch_triton.kernels import kernels
 from xform.backends.torch_triton.lower import to_torch
 
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def module_and_inputs() -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
     module = to_torch(parse(TEXT, {"w": floats(8)}))
-    assert fuse(module) == {"gated_unit": 1, "residual_norm": 1}
+    assert counts(fuse(module)) == {"gated_unit": 1, "residual_norm": 1}
     return module, [torch.from_numpy(floats(2, 3, 8)) for _ in range(2)]
 
 
@@ -72,3 +72,22 @@ def test_a_broken_cache_is_measured_again() -> None:
     module, inputs = module_and_inputs()
     assert len(choose(module, inputs, wall_seconds)) == 2
     assert len(json.loads(cache_file().read_text())) == 2
+
+
+def test_what_was_measured_is_said_about_each_place() -> None:
+    module, inputs = module_and_inputs()
+    found = as_choices(choose(module, inputs, Clock("residual_norm")))
+    kept, left = sorted(found, key=lambda choice: not choice.applied)
+    assert (kept.rule, kept.applied, kept.concept) == ("residual_norm", True, "rms_norm") and len(kept.nodes) == 2
+    assert (left.rule, left.applied, left.concept) == ("gated_unit", False, "silu")
+    assert "gains nothing" in left.reason and "2x3x8" in left.reason and "gains" not in kept.reason
+
+
+def test_uses_are_said_once() -> None:
+    """Those that will be measured are said then; where nothing runs, they are said at once."""
+    found = fuse(to_torch(parse(TEXT, {"w": floats(8)})))
+    assert settled(found, runs_here=True) == []
+    assert {choice.rule for choice in settled(found, runs_here=False) if choice.applied} == {
+        "residual_norm",
+        "gated_unit",
+    }

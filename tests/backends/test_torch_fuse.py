@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import numpy as np
 from support import floats, parse, run
 
-from xform.backends.torch_triton.fuse import fuse
+from xform.backends.torch_triton.fuse import counts, fuse
 from xform.backends.torch_triton.lower import to_torch
 
 
@@ -22,7 +22,7 @@ def fused(text: str, constants: dict[str, np.ndarray], feeds: dict[str, np.ndarr
     """What was fused; the fused module gives ONNX Runtime's numbers."""
     model = parse(text, constants)
     module = to_torch(model)
-    found = fuse(module)
+    found = counts(fuse(module))
     got = module(*(torch.from_numpy(feeds[v.name]) for v in model.graph.inputs))
     for one, want in zip(got, run(model, feeds), strict=True):
         np.testing.assert_allclose(one.numpy(), want, rtol=1e-5, atol=1e-5)
@@ -100,3 +100,28 @@ def test_what_is_no_bias_is_added_afterwards(shape: str) -> None:
         f"g (float[2,3,4] x, float[4,8] w, float[{shape}] b) => (float[2,3,8] z) {{ m = MatMul(x, w) z = Add(m, b) }}"
     )
     assert fused(text, {"w": floats(4, 8), "b": floats(*sizes)}, {"x": floats(2, 3, 4)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "kernel", "reason"),
+    [
+        ("(float[2,8] x, float[8] r, float[8] w) => (float[2,8] z) { s = Add(x, r) z = RMSNormalization(s, w) }",
+         "residual_norm", "shapes (2, 8) and (8,)"),
+        ("(float[1,40000] x, float[40000] w) => (float[1,40000] z) { s = Add(x, x) z = RMSNormalization(s, w) }",
+         "residual_norm", "40000 elements does not fit"),
+        ("(float[2,8] x, float[2,1] u) => (float[2,8] z) { a = Gelu(x) z = Mul(a, u) }",
+         "gated_unit", "shapes (2, 8) and (2, 1)"),
+        ("(float[2,8] x, float[2,8] u) => (float[2,8] z, float[2,8] y) { a = Gelu(x) y = Neg(a) z = Mul(a, u) }",
+         "gated_unit", "read elsewhere"),
+        ("(float[2,8] x, float[2,8] r) => (float[2,8] z) { s = Add(x, r) z = Gelu(s) }",
+         "bias_activation", "no summand is a vector"),
+        ("(float[1,2,3,4] x, float[1,3,2] c, float[1,3,2] s) => (float[1,2,3,4] z) { z = RotaryEmbedding(x, c, s) }",
+         "rotary_qk", "no other tensor"),
+    ],
+)  # fmt: skip
+def test_what_is_nearly_a_kernel_is_said(text: str, kernel: str, reason: str) -> None:
+    module = to_torch(parse(f"g {text}"))
+    before = module.code
+    (finding,) = fuse(module)
+    assert finding.kernel == kernel and reason in finding.missed and finding.nodes and finding.concept
+    assert module.code == before

@@ -12,9 +12,9 @@ import importlib
 import importlib.util
 import pkgutil
 
-from xform.backends.torch_triton.kernels.common import Kernel
+from xform.backends.torch_triton.kernels.common import Finding, Kernel
 
-__all__ = ["Kernel", "kernels"]
+__all__ = ["Finding", "Kernel", "kernels"]
 
 
 @functools.cache

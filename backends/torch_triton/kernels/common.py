@@ -9,8 +9,27 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-Fuse = Callable[[GraphModule], int]
 MAX_COLUMNS = 32768  # a row is held in registers whole; beyond, torch's own kernels are as good
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A place where a kernel was put, or nearly was.
+
+    Attributes:
+        kernel: Its name.
+        concept: What users call what it computes.
+        nodes: Original names of the nodes that it computes.
+        missed: Why torch computes them instead; empty where the kernel does.
+    """
+
+    kernel: str
+    concept: str
+    nodes: tuple[str, ...]
+    missed: str = ""
+
+
+Fuse = Callable[[GraphModule], list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,8 @@ class Kernel:
         name: Name of its folder.
         op: The registered operator.
         naive: The same in plain torch, with the same arguments.
-        fuse: Puts the operator in place of what it computes in a lowered module; how often.
+        fuse: Puts the operator in place of what it computes in a lowered module; where, and where nearly.
+        tuner: The Triton function, which knows the configurations that it chose; None where a library has the kernel.
         order: Kernels with lower numbers look first.
     """
 
@@ -29,6 +49,7 @@ class Kernel:
     op: Callable[..., Any]
     naive: Callable[..., Any]
     fuse: Fuse
+    tuner: Any = None
     order: int = 10
 
 
@@ -41,11 +62,6 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     """`x` as [rows, columns] with dense columns; a view where the strides allow."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
-
-
-def warps_for(columns: int) -> int:
-    """Warps for a row of so many elements."""
-    return 1 if columns <= 256 else 4 if columns <= 2048 else 8 if columns <= 8192 else 16
 
 
 # --- finding calls --------------------------------------------------------------------------------------------------
@@ -73,16 +89,29 @@ def same_shape(a: Any, b: Any) -> bool:
     return found is not None and found == shape_of(b)
 
 
+def origins(*nodes: Any) -> tuple[str, ...]:
+    """Original names of what these nodes compute, each once."""
+    names = (str(node.meta.get("onnx_node", node.name)) for node in nodes if isinstance(node, Node))
+    return tuple(dict.fromkeys(names))
+
+
+def call(module: GraphModule, op: Any, arguments: tuple[Any, ...], finding: Finding) -> Node:
+    """A call of a kernel that remembers where it was put."""
+    node = module.graph.call_function(op, arguments)
+    node.meta["finding"] = finding
+    return node
+
+
 def swap(module: GraphModule, old: Node, new: Node) -> None:
     """Let `new` stand for `old`."""
     new.meta.update({key: value for key, value in old.meta.items() if key not in new.meta})
     old.replace_all_uses_with(new)
 
 
-def tidy(module: GraphModule, count: int) -> int:
-    """Drop what nothing reads any more, after `count` changes."""
-    if count:
+def tidy(module: GraphModule, found: list[Finding]) -> list[Finding]:
+    """Drop what nothing reads any more, if anything changed."""
+    if any(not finding.missed for finding in found):
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-    return count
+    return found

@@ -162,6 +162,8 @@ class GraphEmitter:
             if "onnx_name" not in held.meta and held.op == "call_function":
                 held._rename(self._legal(value.name))
                 held.meta["onnx_name"] = value.name
+                producer = value.producer()
+                held.meta["onnx_node"] = value.name if producer is None else display_name(producer)
             held.meta.setdefault("onnx_shape", shape_of(value))
             if isinstance(value.type, ir.TensorType) and self.reference is None:
                 self.reference = held

@@ -14,9 +14,10 @@ from torch.library import triton_op, wrap_triton
 
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.bias_activation import naive
+from xform.backends.torch_triton.kernels.tuning import by_element, tuned
 
 KINDS = ("gelu", "gelu_tanh", "silu")
-_BLOCK = 1024
+CONFIGURATIONS = by_element()
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def activate(v, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return v * tl.sigmoid(v)
 
 
+@tuned(CONFIGURATIONS, key=("columns", "KIND"))
 @triton.jit
 def _bias_activation(  # type: ignore[no-untyped-def]
     x, bias, result, x_stride, columns, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
@@ -50,32 +52,32 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor, kind: str) -> torch.Ten
         return naive.bias_activation(x, bias, kind)
     rows, columns = common.rows_of(x), x.shape[-1]
     result = common.empty(x.shape, x)
-    block = min(_BLOCK, triton.next_power_of_2(columns))
-    wrap_triton(_bias_activation)[(rows.shape[0], triton.cdiv(columns, block))](
+    wrap_triton(_bias_activation)[lambda chosen: (rows.shape[0], triton.cdiv(columns, chosen["BLOCK"]))](
         rows, bias, result, rows.stride(0), columns, KIND=KINDS.index(kind),
-        WIDE=tl.float64 if x.dtype is torch.float64 else tl.float32, BLOCK=block, num_warps=4,
+        WIDE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )  # fmt: skip
     return result
 
 
-def fuse(module: GraphModule) -> int:
+def fuse(module: GraphModule) -> list[common.Finding]:
     """act(x + b) with a vector b, where nothing else reads the sum."""
-    count = 0
+    found: list[common.Finding] = []
     for node in list(module.graph.nodes):
-        if not common.is_call(node, F.gelu, F.silu):
+        if not common.is_call(node, F.gelu, F.silu) or not common.is_call(node.args[0], operator.add):
             continue
         total = node.args[0]
-        if not (common.is_call(total, operator.add) and common.used_once(total)):
-            continue
-        found = _operands(total)
-        if found is None:
-            continue
         kind = "silu" if node.target is F.silu else "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+        where = "bias_activation", kind.removesuffix("_tanh"), common.origins(total, node)
+        operands = _operands(total)
+        if operands is None or not common.used_once(total):
+            no_vector = "no summand is a vector with one element for each column"
+            found.append(common.Finding(*where, no_vector if operands is None else "the sum is read elsewhere too"))
+            continue
+        found.append(common.Finding(*where))
         with module.graph.inserting_before(node):
-            fused = module.graph.call_function(torch.ops.xform.bias_activation.default, (*found, kind))
+            fused = common.call(module, torch.ops.xform.bias_activation.default, (*operands, kind), found[-1])
         common.swap(module, node, fused)
-        count += 1
-    return common.tidy(module, count)
+    return common.tidy(module, found)
 
 
 def _operands(total: Node) -> tuple[Any, Any] | None:
@@ -87,4 +89,6 @@ def _operands(total: Node) -> tuple[Any, Any] | None:
     return None
 
 
-KERNEL = common.Kernel("bias_activation", torch.ops.xform.bias_activation, naive.bias_activation, fuse)
+KERNEL = common.Kernel(
+    "bias_activation", torch.ops.xform.bias_activation, naive.bias_activation, fuse, tuner=_bias_activation
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch.library import triton_op, wrap_triton
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.bias_activation.kernel import KINDS, activate
 from xform.backends.torch_triton.kernels.gated_unit import naive
+from xform.backends.torch_triton.kernels.tuning import by_element, tuned
 
-_BLOCK = 1024
+CONFIGURATIONS = by_element()
 
 
+@tuned(CONFIGURATIONS, key=("columns", "KIND"))
 @triton.jit
 def _gated_unit(  # type: ignore[no-untyped-def]
     gate, up, result, gate_stride, up_stride, columns, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
@@ -39,52 +42,56 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
         return naive.gated_unit(gate, up, kind)
     a, b, columns = common.rows_of(gate), common.rows_of(up), gate.shape[-1]
     result = common.empty(gate.shape, gate)
-    block = min(_BLOCK, triton.next_power_of_2(columns))
-    wrap_triton(_gated_unit)[(a.shape[0], triton.cdiv(columns, block))](
+    wrap_triton(_gated_unit)[lambda chosen: (a.shape[0], triton.cdiv(columns, chosen["BLOCK"]))](
         a, b, result, a.stride(0), b.stride(0), columns, KIND=KINDS.index(kind),
-        WIDE=tl.float64 if gate.dtype is torch.float64 else tl.float32, BLOCK=block, num_warps=4,
+        WIDE=tl.float64 if gate.dtype is torch.float64 else tl.float32,
     )  # fmt: skip
     return result
 
 
-def fuse(module: GraphModule) -> int:
+def fuse(module: GraphModule) -> list[common.Finding]:
     """act(g) * u, with SiLU also as g * sigmoid(g), where nothing else reads the activation."""
-    count = 0
+    found: list[common.Finding] = []
     for node in list(module.graph.nodes):
-        if not common.is_call(node, operator.mul):
-            continue
-        found = _operands(node)
-        if found is None:
-            continue
-        with module.graph.inserting_before(node):
-            fused = module.graph.call_function(torch.ops.xform.gated_unit.default, found)
-        common.swap(module, node, fused)
-        count += 1
-    return common.tidy(module, count)
+        missed: list[common.Finding] = []
+        for opened, gate, up, kind in _gates(node):
+            where = "gated_unit", kind.removesuffix("_tanh"), common.origins(opened, node)
+            if not common.used_once(opened):
+                missed.append(common.Finding(*where, "the activation is read elsewhere too"))
+                continue
+            if not common.same_shape(gate, up):
+                shapes = f"{common.shape_of(gate)} and {common.shape_of(up)}"
+                missed.append(common.Finding(*where, f"gate and operand have shapes {shapes}, and none is broadcast"))
+                continue
+            found.append(common.Finding(*where))
+            with module.graph.inserting_before(node):
+                fused = common.call(module, torch.ops.xform.gated_unit.default, (gate, up, kind), found[-1])
+            common.swap(module, node, fused)
+            break
+        else:
+            found += missed
+    return common.tidy(module, found)
 
 
-def _operands(node: Node) -> tuple[Any, Any, str] | None:
-    """gate, up and the activation."""
+def _gates(node: Node) -> Iterator[tuple[Node, Any, Node, str]]:
+    """Ways to read a product as act(gate) * up: the activation, gate, up, and its kind."""
+    if not common.is_call(node, operator.mul):
+        return
     left, right = node.args
     for opened, up in ((left, right), (right, left)):
-        if not (isinstance(opened, Node) and isinstance(up, Node) and common.used_once(opened)):
+        if not (isinstance(opened, Node) and isinstance(up, Node)):
             continue
-        kind = gate = None
         if common.is_call(opened, F.silu, F.gelu):
-            gate = opened.args[0]
             tanh = opened.kwargs.get("approximate") == "tanh"
-            kind = "silu" if opened.target is F.silu else "gelu_tanh" if tanh else "gelu"
+            yield opened, opened.args[0], up, "silu" if opened.target is F.silu else "gelu_tanh" if tanh else "gelu"
         elif common.is_call(opened, operator.mul):
-            first, second = opened.args
-            for x, sigmoid in ((first, second), (second, first)):
+            for x, sigmoid in (opened.args, opened.args[::-1]):
                 if not (isinstance(sigmoid, Node) and common.is_call(sigmoid, torch.sigmoid)):
                     continue
                 if sigmoid.args[0] is x and common.used_once(sigmoid):
-                    gate, kind = x, "silu"
-        if kind is not None and common.same_shape(gate, up):
-            return gate, up, kind
-    return None
+                    yield opened, x, up, "silu"
+                    break
 
 
 # before bias_activation, which would take the activation
-KERNEL = common.Kernel("gated_unit", torch.ops.xform.gated_unit, naive.gated_unit, fuse, order=5)
+KERNEL = common.Kernel("gated_unit", torch.ops.xform.gated_unit, naive.gated_unit, fuse, tuner=_gated_unit, order=5)

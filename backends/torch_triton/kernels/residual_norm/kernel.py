@@ -14,8 +14,13 @@ from torch.library import triton_op, wrap_triton
 
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.residual_norm import naive
+from xform.backends.torch_triton.kernels.tuning import tuned
+
+# a row is one block; what there is to choose is how many threads share it
+CONFIGURATIONS = tuple(triton.Config({}, num_warps=warps) for warps in (4, 1, 2, 8, 16))
 
 
+@tuned(CONFIGURATIONS, key=("columns", "IS_RMS"))
 @triton.jit
 def _residual_norm(  # type: ignore[no-untyped-def]
     x, residual, weight, bias, result, total, x_stride, residual_stride, columns, epsilon,
@@ -58,48 +63,53 @@ def residual_norm(
     wrap_triton(_residual_norm)[(a.shape[0],)](
         a, b, weight, weight if bias is None else bias, result, total, a.stride(0), b.stride(0), columns, epsilon,
         IS_RMS=is_rms, HAS_BIAS=bias is not None, WIDE=tl.float64 if x.dtype is torch.float64 else tl.float32,
-        BLOCK=triton.next_power_of_2(columns), num_warps=common.warps_for(columns),
+        BLOCK=triton.next_power_of_2(columns),
     )  # fmt: skip
     return result, total
 
 
-def fuse(module: GraphModule) -> int:
+def fuse(module: GraphModule) -> list[common.Finding]:
     """norm(a + b) over the last axis, where a and b have one shape."""
-    count = 0
+    found: list[common.Finding] = []
     for node in list(module.graph.nodes):
         if not common.is_call(node, F.layer_norm, F.rms_norm):
             continue
-        total, dims, weight, *rest = _arguments(node)
-        if not common.is_call(total, operator.add) or len(dims) != 1 or weight is None:
-            continue
-        left, right = total.args
-        if not (isinstance(left, Node) and isinstance(right, Node) and common.same_shape(left, right)):
+        total, dims, weight, *rest = node.args
+        if not common.is_call(total, operator.add):
             continue
         is_rms = node.target is F.rms_norm
+        where = "residual_norm", "rms_norm" if is_rms else "layer_norm", common.origins(total, node)
+        reason = _missed(total, dims, weight)
+        if reason:
+            found.append(common.Finding(*where, reason))
+            continue
+        left, right = total.args
         bias, epsilon = (None, rest[0]) if is_rms else (rest[0], rest[1])
+        finding = common.Finding(*where)
         with module.graph.inserting_before(node):
-            both = module.graph.call_function(
-                torch.ops.xform.residual_norm.default, (left, right, weight, bias, epsilon, is_rms)
-            )
+            op, arguments = torch.ops.xform.residual_norm.default, (left, right, weight, bias, epsilon, is_rms)
+            both = common.call(module, op, arguments, finding)
             normed = module.graph.call_function(operator.getitem, (both, 0))
             stream = module.graph.call_function(operator.getitem, (both, 1))
-        if any(_before(user, both) for user in total.users if user is not node):
+        if any(user < both for user in total.users if user is not node):  # it reads the sum before the kernel makes it
             module.graph.erase_node(stream)
         else:
             common.swap(module, total, stream)
         common.swap(module, node, normed)
-        count += 1
-    return common.tidy(module, count)
+        found.append(finding)
+    return common.tidy(module, found)
 
 
-def _arguments(node: Node) -> tuple[Any, ...]:
-    """x, dims, weight(, bias), epsilon."""
-    return tuple(node.args)
+def _missed(total: Node, dims: Any, weight: Any) -> str:
+    """Why the norm of a sum is left to torch; empty if it is not."""
+    left, right = total.args
+    if not (isinstance(left, Node) and isinstance(right, Node) and common.same_shape(left, right)):
+        return f"the summands have shapes {common.shape_of(left)} and {common.shape_of(right)}, and none is broadcast"
+    if len(dims) != 1 or weight is None:
+        return f"the norm is over {len(dims)} axes" if weight is not None else "the norm has no scale"
+    if isinstance(dims[0], int) and dims[0] > common.MAX_COLUMNS:
+        return f"a row of {dims[0]} elements does not fit in registers"
+    return ""
 
 
-def _before(user: Node, both: Node) -> bool:
-    """Whether a reader of the sum stands before the kernel, where its result is not there yet."""
-    return user < both
-
-
-KERNEL = common.Kernel("residual_norm", torch.ops.xform.residual_norm, naive.residual_norm, fuse)
+KERNEL = common.Kernel("residual_norm", torch.ops.xform.residual_norm, naive.residual_norm, fuse, tuner=_residual_norm)

@@ -15,6 +15,10 @@ from xform.backends.torch_triton.functions.attention import rotary
 from xform.backends.torch_triton.functions.sizes import expand
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.rotary_qk import naive
+from xform.backends.torch_triton.kernels.tuning import tuned
+
+# one program turns one head of one token, which is little work for many threads
+CONFIGURATIONS = tuple(triton.Config({}, num_warps=warps) for warps in (1, 2, 4))
 
 
 @triton.jit
@@ -39,6 +43,7 @@ def _turn(  # type: ignore[no-untyped-def]
         tl.store(result + rest, tl.load(source + rest * s3, mask=kept, other=0.0), mask=kept)
 
 
+@tuned(CONFIGURATIONS, key=("head_size", "INTERLEAVED"))
 @triton.jit
 def _rotary_qk(  # type: ignore[no-untyped-def]
     query, key, cos, sin, out_query, out_key, heads, key_heads, length, head_size, turned,
@@ -75,34 +80,53 @@ def rotary_qk(
         query, key, cos, sin, *results, heads, key.shape[1], length, size, 2 * cos.shape[-1],
         *query.stride(), *key.stride(), cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1),
         INTERLEAVED=interleaved, WIDE=tl.float64 if query.dtype is torch.float64 else tl.float32,
-        BLOCK=triton.next_power_of_2(triton.cdiv(size, 2)), num_warps=1,
+        BLOCK=triton.next_power_of_2(triton.cdiv(size, 2)),
     )  # fmt: skip
     return results
 
 
-def fuse(module: GraphModule) -> int:
+def fuse(module: GraphModule) -> list[common.Finding]:
     """Two rotary embeddings by the same tables, of tensors of as many steps."""
     waiting: dict[tuple[Any, ...], Node] = {}
-    count = 0
+    found: list[common.Finding] = []
     for node in list(module.graph.nodes):
         if not common.is_call(node, rotary):
             continue
-        x, cos, sin, positions, size, interleaved, heads = node.args
+        reason = _missed(node)
+        if reason:
+            found.append(common.Finding("rotary_qk", "rotary", common.origins(node), reason))
+            continue
+        x, cos, sin, _, _, interleaved, _ = node.args
         cos, sin = _table(cos), _table(sin)
-        shape, table = common.shape_of(x), common.shape_of(cos)
-        if positions is not None or heads or shape is None or len(shape) != 4 or table is None or len(table) != 3:
-            continue
-        if size not in (0, shape[-1]) and not isinstance(table[-1], int):
-            continue
+        shape = common.shape_of(x)
+        assert shape is not None
         key = (cos, sin, interleaved, shape[0], shape[2], shape[3])
         earlier = waiting.pop(key, None)
         if earlier is None:
             waiting[key] = node
             continue
-        if _depends(x, earlier):
+        where = "rotary_qk", "rotary", common.origins(earlier, node)
+        if _depends(x, earlier) or any(user < node for user in earlier.users):
+            found.append(common.Finding(*where, "one is needed before the other can be computed"))
             continue
-        count += _replace(module, earlier, node, (cos, sin, interleaved))
-    return common.tidy(module, count)
+        found.append(common.Finding(*where))
+        _replace(module, earlier, node, (cos, sin, interleaved), found[-1])
+    alone = "no other tensor of as many steps turns by the same tables"
+    found += [common.Finding("rotary_qk", "rotary", common.origins(node), alone) for node in waiting.values()]
+    return common.tidy(module, found)
+
+
+def _missed(node: Node) -> str:
+    """Why a rotary embedding is left to torch; empty if it is not."""
+    x, cos, _, positions, size, _, heads = node.args
+    shape, table = common.shape_of(x), common.shape_of(_table(cos))
+    if positions is not None:
+        return "rows of the tables are looked up by position ids"
+    if heads or shape is None or len(shape) != 4:
+        return f"the heads of shape {shape} are not apart"
+    if table is None or len(table) != 3 or (size not in (0, shape[-1]) and not isinstance(table[-1], int)):
+        return f"the tables have shape {table}"
+    return ""
 
 
 def _table(value: Any) -> Any:
@@ -126,16 +150,14 @@ def _depends(x: Any, earlier: Node) -> bool:
     return False
 
 
-def _replace(module: GraphModule, query: Node, key: Node, tables: tuple[Any, ...]) -> int:
-    if any(user < key for user in query.users):
-        return 0  # the turned query is read before the key is there
+def _replace(module: GraphModule, query: Node, key: Node, tables: tuple[Any, ...], finding: common.Finding) -> None:
     with module.graph.inserting_before(key):
-        both = module.graph.call_function(torch.ops.xform.rotary_qk.default, (query.args[0], key.args[0], *tables))
+        arguments = (query.args[0], key.args[0], *tables)
+        both = common.call(module, torch.ops.xform.rotary_qk.default, arguments, finding)
         first = module.graph.call_function(operator.getitem, (both, 0))
         second = module.graph.call_function(operator.getitem, (both, 1))
     common.swap(module, query, first)
     common.swap(module, key, second)
-    return 1
 
 
-KERNEL = common.Kernel("rotary_qk", torch.ops.xform.rotary_qk, naive.rotary_qk, fuse)
+KERNEL = common.Kernel("rotary_qk", torch.ops.xform.rotary_qk, naive.rotary_qk, fuse, tuner=_rotary_qk)
