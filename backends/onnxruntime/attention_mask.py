@@ -17,6 +17,7 @@ from xform.backends.onnxruntime.emit import Site
 from xform.graph.values import constant, constant_tensor, is_op, shape_of
 
 _MAX_SCANNED = 1 << 22  # elements of a constant mask that are looked at
+_FAR_FROM_LOWEST = 1e30  # half of the distance between the two lowest float32 is 1e31
 # operators that only move elements
 _MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Slice", "Gather", "Transpose", "Tile", "Identity")
 
@@ -136,8 +137,9 @@ def is_neutral(mask: ir.Value, depth: int = 16) -> bool:
 def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
     """Whether a float mask provably holds no -inf.
 
-    Follows the two spellings that exporters write: `Where(allowed, 0, lowest)`, and `(1 - mask) * lowest` with a
-    mask cast from integers or booleans, through any operators that only move elements.
+    Follows the spellings that exporters write, through any operators that only move elements: `Where(allowed, 0,
+    lowest)`; `(1 - mask) * lowest` with a mask cast from integers or booleans; and a sum of such a mask and a constant
+    bias, as in shifted windows.
     """
     if depth == 0:
         return False
@@ -156,7 +158,18 @@ def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
         return node.inputs[0] is not None and never_minus_infinity(node.inputs[0], depth - 1)
     if is_op(node, "Mul", "Sub", "Concat", "Max", "Min"):
         return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs)
+    if is_op(node, "Add") and any(_is_far_from_lowest(value, depth - 1) for value in node.inputs):
+        return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs)
     return False
+
+
+def _is_far_from_lowest(value: ir.Value | None, depth: int) -> bool:
+    """Whether a constant, under moves, is so small that even the lowest float plus it is rounded to a finite one."""
+    while depth > 0 and value is not None and constant_tensor(value) is None:
+        node = value.producer()
+        value, depth = (node.inputs[0] if node is not None and is_op(node, *_MOVES) else None), depth - 1
+    data = constant(value, max_elements=_MAX_SCANNED)
+    return data is not None and data.dtype == np.float32 and bool((np.abs(data) < _FAR_FROM_LOWEST).all())
 
 
 def _is_integral(value: ir.Value | None) -> bool:

@@ -129,6 +129,27 @@ def test_masks_are_taken_in_also_where_rows_are_empty(kind: str, shape: tuple[in
     assert (FORM in forms) == (shape[1] == 1)
 
 
+@pytest.mark.parametrize(
+    ("lowest", "bias", "taken"),
+    [(-100.0, 1.0, True), (np.finfo(np.float32).min, 1.0, True), (-np.inf, 1.0, False), (-2e38, -2e38, False)],
+)
+def test_shifted_windows_are_taken_in_where_no_sum_is_minus_infinity(lowest: float, bias: float, taken: bool) -> None:
+    """Swin: a position bias per head and a mask per window, added by the graph, all constant."""
+    rng = np.random.default_rng(3)
+    constants_of_mask = {
+        "position": (bias * rng.random((1, H, S, S))).astype(np.float32),
+        "window": np.where(rng.random((1, B, 1, S, S)) < 0.6, 0, lowest).astype(np.float32),
+        "four": np.array([B, 1, S, S]),
+    }
+    proto = ir.to_proto(make(SPLIT))
+    next(node for node in proto.graph.node if node.op_type == "Attention").input.append("m")
+    proto.graph.node.insert(0, onnx.helper.make_node("Add", ["position", "mw"], ["m"]))
+    proto.graph.node.insert(0, onnx.helper.make_node("Reshape", ["window", "four"], ["mw"]))
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in constants_of_mask.items())
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    assert (FORM in compare(model, inputs())) == taken
+
+
 def test_several_layers_share_one_expanded_mask() -> None:
     second = re.sub(r"\b(p0|p|[qkv][rh]?)\b", r"\1_2", SPLIT.replace("(x, w)", "(y1, w)"))
     tail = "at = Transpose <perm = [0, 2, 1, 3]> (a) y1 = Reshape(at, merged)" + second
