@@ -14,17 +14,17 @@ from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner,
 from xform.errors import TargetError, UsageError, VerificationError
 from xform.graph.clone import SOURCE_OPSET
 from xform.passes.attention import PackTokens
-from xform.passes.integer import QuantizeProducts
+from xform.passes.integer import Quantizer
 from xform.pipeline.calibration_data import Flatten, calibration_batches
 from xform.pipeline.manager import Progress, VerifyMode, run_pipeline
 from xform.pipeline.oracle import Inputs, Oracle, Outputs, run_model
 from xform.pipeline.padding import zero_pads
 from xform.pipeline.presets import PRESETS, resolve
+from xform.pipeline.quantization import Form, Quantization
 from xform.pipeline.random_inputs import random_inputs
 from xform.pipeline.result import PipelineResult, size_of
-from xform.pipeline.sensitivity import search
 from xform.pipeline.tolerance import UserTolerance
-from xform.pipeline.tune import INPUT, MODES, TuneMode, candidates, choose
+from xform.pipeline.tune import INPUT, MODES, TuneMode, candidates, choose, competitors
 from xform.pipeline.verify import Execute, UserInputs, Verification, Verifier
 from xform.report.concepts import count_concepts
 from xform.report.schema import Report, VerificationReport
@@ -83,9 +83,9 @@ class Request:
         if padding not in ("padded", "packed"):
             raise UsageError(f"padding must be 'padded' or 'packed', not {padding!r}")
         if padding == "packed" and not any(isinstance(p, PackTokens) for p in chosen):
-            place = next((i for i, p in enumerate(chosen) if isinstance(p, QuantizeProducts)), len(chosen))
+            place = next((i for i, p in enumerate(chosen) if isinstance(p, Quantizer)), len(chosen))
             chosen = (*chosen[:place], PackTokens(), *chosen[place:])
-        if tolerance is None and any(isinstance(p, QuantizeProducts) for p in chosen):
+        if tolerance is None and any(isinstance(p, Quantizer) for p in chosen):
             tolerance = _QUANTIZED
         if calibration is not None and all(p.fidelity == "exact" for p in chosen):
             raise UsageError(
@@ -181,10 +181,11 @@ def compile_graph(
     """
     if request.padding == "packed":  # from here on zeros in pads are what the model means
         captured, oracle = zero_pads(captured, _canonical(captured, request)), None
-    quantization = _quantization(captured, request, flatten)
+    quantization, warning = _quantization(captured, request, flatten)
+    form = None if quantization is None else quantization.form_for(request.backend.name)
     result = run_pipeline(
         captured,
-        request.passes if quantization is None else quantization.passes,
+        request.passes if form is None else form.passes,
         target=request.target,
         verify=request.verify,
         strict=request.strict,
@@ -196,9 +197,8 @@ def compile_graph(
     )
     _refuse_failed(result.verification, "the optimized graph differs from the original")
     start = time.perf_counter()
-    if quantization is not None:
-        result.remarks.add(quantization.remark)
-    graph, backend, artifact = _lower(captured, result, request, quantization)
+    _tell(result, form)
+    graph, backend, artifact, result = _lower(captured, result, request, quantization)
     seconds = {"capture": capture_seconds, **result.seconds, "lower": time.perf_counter() - start}
     report = Report(source, str(request.target), request.preset, backend.name)
     compiled = Compiled(graph, artifact, report, backend)
@@ -211,68 +211,63 @@ def compile_graph(
         seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
         _refuse_failed(verification, f"what backend {backend.name!r} runs differs from the original")
     _fill(report, captured, compiled, result, verification, request)
-    if quantization is not None:
-        report.warnings.extend(filter(None, [quantization.warning]))
+    report.warnings.extend(filter(None, [warning]))
     report.seconds = seconds
     return compiled
 
 
-@dataclass(frozen=True)
-class _Quantization:
-    """What calibration decided.
-
-    Attributes:
-        passes: With the products filled in that stay in float.
-        exact: The graph before anything was quantized.
-        remark: What was found.
-        warning: What the user should know; empty if nothing.
-    """
-
-    passes: tuple[Pass, ...]
-    exact: ir.Model
-    remark: Remark
-    warning: str
-
-
 def _canonical(captured: ir.Model, request: Request) -> ir.Model:
     """The graph before anything is packed or quantized."""
-    plain = [one for one in request.passes if not isinstance(one, PackTokens | QuantizeProducts)]
+    plain = [one for one in request.passes if not isinstance(one, PackTokens | Quantizer)]
     return run_pipeline(captured, plain, target=request.target, verify="off").model
 
 
-def _quantization(captured: ir.Model, request: Request, flatten: Flatten | None) -> _Quantization | None:
-    """Find what has to stay in float, if some pass quantizes."""
-    place = next((i for i, one in enumerate(request.passes) if isinstance(one, QuantizeProducts)), None)
-    if place is None:
-        return None
+def _quantization(captured: ir.Model, request: Request, flatten: Flatten | None) -> tuple[Quantization | None, str]:
+    """What quantizes, if some pass does, and a warning about what it calibrates on, empty if there is none."""
+    if not any(isinstance(one, Quantizer) for one in request.passes):
+        return None, ""
     batches, warning = calibration_batches(captured, request.calibration, flatten)
-    exact = run_pipeline(captured, request.passes[:place], target=request.target, verify="off").model
-    candidate = request.passes[place]
-    assert isinstance(candidate, QuantizeProducts)
-    found = search(exact, batches, candidate, request.progress)
-    passes = (*request.passes[:place], found.chosen, *request.passes[place + 1 :])
-    remark = Remark(candidate.name, "sensitivity", "applied", found.chosen.keep, found.describe(), "int8")
-    return _Quantization(passes, exact, remark, warning)
+
+    def prepare(passes: Sequence[Pass]) -> ir.Model:
+        return run_pipeline(captured, passes, target=request.target, verify="off").model
+
+    return Quantization(request.passes, prepare, batches, request.progress), warning
+
+
+def _tell(result: PipelineResult, form: Form | None) -> None:
+    for remark in () if form is None else form.remarks:
+        result.remarks.add(remark)
 
 
 def _lower(
-    captured: ir.Model, result: PipelineResult, request: Request, quantization: _Quantization | None
-) -> tuple[ir.Model, Backend, Artifact]:
-    """The graph that was lowered, by which backend, and to what: by measurement where the request says so."""
+    captured: ir.Model, result: PipelineResult, request: Request, quantization: Quantization | None
+) -> tuple[ir.Model, Backend, Artifact, PipelineResult]:
+    """The graph that was lowered, by which backend, to what, and how it came about: by measurement where asked for."""
+    backend, target = request.backend, request.target
     if request.tune == "off":
-        return result.model, request.backend, request.backend.lower(result.model, request.target, request.lowering)
+        return result.model, backend, backend.lower(result.model, target, request.lowering), result
+    results = {backend.name: result}
+    others = [] if request.only_this_backend else competitors(backend, target, request.lowering)
+    for other in others if quantization is not None else []:
+        assert quantization is not None
+        form = quantization.form_for(other.name)
+        found = run_pipeline(captured, form.passes, target=target, verify="off")
+        _tell(found, form)
+        results[other.name] = found
     competing = candidates(
-        captured, result.model, request.backend, request.target, request.lowering,
-        mode=request.tune, only_this_backend=request.only_this_backend,
+        captured, result.model, backend, request.lowering, mode=request.tune, others=others,
+        forms={name: found.model for name, found in results.items()},
         exact=None if quantization is None else quantization.exact,
     )  # fmt: skip
     cases = result.verifier.cases if result.verifier is not None else []
     feeds = dict(cases[0].arrays) if cases else random_inputs(captured)
-    chosen, artifact, decision = choose(competing, request.target, feeds, request.tune, request.progress)
+    chosen, artifact, decision = choose(competing, target, feeds, request.tune, request.progress)
     artifact.metadata["tuning"] = {"mode": request.tune, **asdict(decision)}
     concept = "attention" if "attention" in chosen.label else "tuning"
-    result.remarks.add(Remark("tune", request.tune, "applied", (), decision.describe(), concept))
-    return chosen.graph, chosen.backend, artifact
+    told = next((found for found in results.values() if found.model is chosen.graph), result)
+    told.remarks.add(Remark("tune", request.tune, "applied", (), decision.describe(), concept))
+    told.verifier, told.verification = result.verifier, result.verification
+    return chosen.graph, chosen.backend, artifact, told
 
 
 def _refuse_failed(verification: Verification, what: str) -> None:

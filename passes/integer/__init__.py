@@ -1,5 +1,8 @@
 """Products in integers."""
 
 from xform.passes.integer.quantize_products import QuantizeProducts
+from xform.passes.integer.quantize_static import QuantizeStatic
 
-__all__ = ["QuantizeProducts"]
+Quantizer = QuantizeProducts | QuantizeStatic
+
+__all__ = ["QuantizeProducts", "QuantizeStatic", "Quantizer"]

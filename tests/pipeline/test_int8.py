@@ -15,7 +15,7 @@ import xform
 from xform.errors import UsageError
 from xform.passes.integer import QuantizeProducts
 from xform.pipeline.calibration_data import MAX_BATCHES, RANDOM_BATCHES, calibration_batches
-from xform.pipeline.sensitivity import _without_pads, relative_error, search
+from xform.pipeline.sensitivity import Trial, _without_pads, relative_error, search
 
 RNG = np.random.default_rng(0)
 W = {f"w{i}": (RNG.standard_normal((96, 96)) / 10).astype(np.float32) for i in range(3)}
@@ -40,30 +40,60 @@ def batches(count: int = 2) -> list[dict[str, Any]]:
     return [{"x": np.random.default_rng(i).standard_normal((8, 96)).astype(np.float32)} for i in range(count)]
 
 
+def found_for(**options: Any) -> Any:
+    return search(Trial(chain(), batches()), QuantizeProducts(**options))
+
+
 def test_the_product_that_hurts_returns_to_float() -> None:
-    found = search(chain(), batches(), QuantizeProducts(weight_bits=7, max_error=0.05))
-    assert found.chosen.keep == ("third",) and found.quantized == 2
+    found = found_for(weight_bits=7, max_error=0.05)
+    assert found.chosen.keep == ("third",) and found.quantized == {"Conv": 0, "MatMul": 2}
     assert found.error <= 0.05 < found.error_before
-    assert max(found.alone, key=lambda name: found.alone[name]) == "third"
-    assert "1 kept in float" in found.describe()
+    assert found.parts["third",] > found.parts["second",] and "first" not in [part[0] for part in found.parts][2:]
+    assert "2 products in int8, 1 kept in float" in found.describe()
 
 
 def test_nothing_is_tried_alone_where_the_bound_holds_at_once() -> None:
-    found = search(chain(), batches(), QuantizeProducts(weight_bits=7, max_error=1e6))
-    assert (found.chosen.keep, found.quantized, found.alone) == ((), 3, {})
+    found = found_for(weight_bits=7, max_error=1e6)
+    assert (found.chosen.keep, found.quantized["MatMul"], found.parts) == ((), 3, {})
 
 
-def test_products_that_amplify_one_another_return_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept_at: list[int] = []
+class Invented(Trial):
+    """Errors by what is in int8, in place of runs."""
 
-    def error(model: ir.Model, given: Any, candidate: QuantizeProducts, expected: Any) -> float:
-        kept_at.append(len(candidate.keep))
-        return 0.6 if len(candidate.keep) == 0 else 0.01 if len(candidate.keep) >= 2 else 0.5
+    def __init__(self, alone: dict[str, float], amplified: float = 1.0) -> None:
+        self.alone = alone
+        self.amplified = amplified
+        self.measured = 0
 
-    monkeypatch.setattr("xform.pipeline.sensitivity._error", error)
-    found = search(chain(), batches(), QuantizeProducts(max_error=0.1))
-    assert len(found.chosen.keep) == 2 and found.quantized == 1  # not all three, although none is bad alone
-    assert kept_at[-2:] == [1, 2]
+    def error(self, candidate: Any, count: int | None = None) -> float:
+        self.measured += 1
+        inside = [error for name, error in self.alone.items() if name not in candidate.keep]
+        return float(sum(e**2 for e in inside) ** 0.5) * (self.amplified if len(inside) > 1 else 1.0)
+
+    def quantized(self, candidate: Any) -> dict[str, str]:
+        return dict.fromkeys(self.alone, "MatMul")
+
+
+def test_a_few_bad_ones_among_many_are_found_in_few_measurements() -> None:
+    trial = Invented({f"n{i}": 1.0 if i in (17, 70) else 0.001 for i in range(100)})
+    found = search(trial, QuantizeProducts(max_error=0.1))
+    assert set(found.chosen.keep) == {"n17", "n70"} and found.error < 0.1
+    assert trial.measured < 35  # not one for each
+
+
+@pytest.mark.parametrize("amplified", [1.0, 1.7, 4.0])
+def test_the_bound_holds_and_no_more_than_needed_returns_to_float(amplified: float) -> None:
+    trial = Invented({f"n{i}": 0.01 * (i + 1) for i in range(20)}, amplified)
+    found = search(trial, QuantizeProducts(max_error=0.3))
+    assert found.error <= 0.3 < found.error_before
+    worst = [f"n{i}" for i in range(19, 19 - len(found.chosen.keep), -1)]
+    assert set(found.chosen.keep) == set(worst)
+    assert trial.error(QuantizeProducts(keep=tuple(worst[:-1]))) > 0.3
+
+
+def test_what_was_kept_before_stays_kept() -> None:
+    found = found_for(weight_bits=7, max_error=0.05, keep=("first",))
+    assert found.chosen.keep == ("first", "third") and found.quantized["MatMul"] == 1
 
 
 def test_rows_of_pads_do_not_count() -> None:
@@ -74,8 +104,9 @@ def test_rows_of_pads_do_not_count() -> None:
 
 
 def test_an_impossible_bound_keeps_everything_in_float() -> None:
-    found = search(chain(), batches(), QuantizeProducts(max_error=0.0))
-    assert found.quantized == 0 and found.error == 0.0
+    found = found_for(max_error=0.0)
+    assert found.quantized["MatMul"] == 0 and found.error == 0.0
+    assert "nothing in int8, 3 kept in float" in found.describe()
 
 
 def test_relative_error_is_over_all_batches_and_sees_what_is_not_finite() -> None:

@@ -46,9 +46,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def competing(mode: tune.TuneMode = "quick") -> list[tune.Candidate]:
     model = parse(GRAPH)
-    return tune.candidates(
-        model, model, get_backend("onnxruntime", CPU), CPU, LowerOptions(), mode=mode, only_this_backend=True
-    )
+    return tune.candidates(model, model, get_backend("onnxruntime", CPU), LowerOptions(), mode=mode)
 
 
 def decide(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> tune.Decision:
@@ -66,7 +64,7 @@ def test_forms_of_attention_compete_where_there_is_one() -> None:
     backend = get_backend("onnxruntime", CPU)
 
     def labels(mode: tune.TuneMode, options: LowerOptions) -> list[str]:
-        found = tune.candidates(model, model, backend, CPU, options, mode=mode, only_this_backend=True)
+        found = tune.candidates(model, model, backend, options, mode=mode)
         return [c.label for c in found]
 
     forms = ["onnxruntime, attention multi_head", "onnxruntime, attention written"]
@@ -79,13 +77,25 @@ def test_other_backends_compete_unless_one_was_named() -> None:
     pytest.importorskip("openvino")
     model, backend = parse(GRAPH), get_backend("onnxruntime", CPU)
 
-    def labels(options: LowerOptions, named: bool) -> list[str]:
-        found = tune.candidates(model, model, backend, CPU, options, mode="quick", only_this_backend=named)
-        return [c.label for c in found]
+    def labels(options: LowerOptions) -> list[str]:
+        others = tune.competitors(backend, CPU, options)
+        return [c.label for c in tune.candidates(model, model, backend, options, mode="quick", others=others)]
 
-    assert labels(LowerOptions(), False) == ["onnxruntime", "openvino", "input"]
-    assert labels(LowerOptions(), True) == ["onnxruntime", "input"]
-    assert labels(LowerOptions(portable=True), False) == ["onnxruntime", "input"]
+    assert labels(LowerOptions()) == ["onnxruntime", "openvino", "input"]
+    assert labels(LowerOptions(portable=True)) == ["onnxruntime", "input"]
+    named = xform.optimize(model, tune="quick", backend="onnxruntime", inputs=FEEDS)
+    assert set(named.artifact.metadata["tuning"]["milliseconds"]) == {"onnxruntime", "input"}
+
+
+def test_where_quantized_each_backend_gets_its_form_and_float_competes() -> None:
+    model, other, exact, backend = parse(GRAPH), parse(GRAPH), parse(GRAPH), get_backend("onnxruntime", CPU)
+    openvino = get_backend("onnxruntime", CPU)  # stands in for another one
+    found = tune.candidates(
+        model, model, backend, LowerOptions(), mode="quick", others=[openvino], forms={"onnxruntime": other},
+        exact=exact,
+    )  # fmt: skip
+    assert [c.label for c in found] == ["onnxruntime", "onnxruntime", *["onnxruntime, float"] * 2, "input"]
+    assert [c.graph for c in found] == [model, other, exact, exact, model]
 
 
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +128,7 @@ def test_weights_do_not_matter_for_what_is_remembered_but_sizes_do(monkeypatch: 
         model = parse(
             f"g (float[b,4] x) => (float[b,4] y) <float[4] w = {{{number}, 2.0, 3.0, 4.0}}> {{ y = Add(x, w) }}"
         )
-        found = tune.candidates(
-            model, model, get_backend("onnxruntime", CPU), CPU, LowerOptions(), mode="quick", only_this_backend=True
-        )
+        found = tune.candidates(model, model, get_backend("onnxruntime", CPU), LowerOptions(), mode="quick")
         monkeypatch.setattr(tune, "measure", Clock([1.0, 2.0]))
         return tune.choose(found, CPU, {"x": np.ones((rows, 4), np.float32)}, "quick")[2].key
 

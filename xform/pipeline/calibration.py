@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.clone import clone
+from xform.passes.integer.quantize_static import quantizable_inputs
 from xform.passes.normalize.ranges import ChannelRange
 from xform.patterns import norm as norms
 from xform.pipeline.oracle import Inputs, Session
@@ -71,4 +72,29 @@ def norm_ranges(model: ir.Model, batches: Iterable[Inputs], run: Run | None = No
             here = ChannelRange(wide.min(axis=0), wide.max(axis=0))
             name = value.name or ""
             ranges[name] = ranges[name].joined(here) if name in ranges else here
+    return ranges
+
+
+def activation_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, ChannelRange]:
+    """Smallest and largest value, over the whole tensor ([1]), of what `quantize_static` may quantize.
+
+    Args:
+        model: The graph as the pass will get it.
+        batches: Inputs by name.
+
+    Raises:
+        CouldNotRunError: The graph does not run on these inputs.
+    """
+    values = quantizable_inputs(model)
+    inside = [value for value in values if not value.is_graph_input()]
+    given = [value.name or "" for value in values if value.is_graph_input()]
+    batches = list(batches)
+    ranges: dict[str, ChannelRange] = {}
+    for batch, arrays in zip(batches, observe(model, batches, inside), strict=True):
+        found = {name: batch[name] for name in given if name in batch}
+        found.update((value.name or "", array) for value, array in zip(inside, arrays, strict=True))
+        for name, array in found.items():
+            if np.size(array):
+                here = ChannelRange(np.asarray([np.min(array)], np.float64), np.asarray([np.max(array)], np.float64))
+                ranges[name] = ranges[name].joined(here) if name in ranges else here
     return ranges

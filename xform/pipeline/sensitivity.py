@@ -1,9 +1,15 @@
-"""Which products have to stay in float: those whose int8 form hurts the outputs most.
+"""Which products and convolutions have to stay in float: those whose int8 form hurts the outputs most.
 
-All products that pay are made int8. If the outputs on the calibration batches are further off than the bound, each
-product is tried alone, and the worst ones return to float, one after the other, until the bound holds. The measure is
-the relative error ||a - b|| / ||b|| over each float output (Euclidean norm over all batches, without rows of pads where
-the model has a key-padding mask); the largest counts. A cosine similarity of 0.995 between outputs corresponds to 0.1.
+All that pay are made int8. If the outputs on the calibration batches are further off than the bound, the worst ones
+return to float until it holds. The measure is the relative error ||a - b|| / ||b|| over each float output (Euclidean
+norm over all batches, without rows of pads where the model has a key-padding mask); the largest counts. A cosine
+similarity of 0.995 between outputs corresponds to 0.1.
+
+The worst ones are found by halving: errors of parts add up in squares, about, so the part with the largest error is
+split and both halves are measured alone, until it is one node, which returns to float. Parts that do little are never
+split, so a few bad ones among n cost a few times log n measurements. Whether the bound holds is then measured with
+everything else in int8; where parts amplify one another and it does not, the halving goes on. In the end the nodes that
+hurt least of those in float are tried in int8 again.
 """
 
 from __future__ import annotations
@@ -18,12 +24,12 @@ import onnx_ir as ir
 from xform.graph.clone import clone
 from xform.graph.values import display_name
 from xform.passes.attention.padding import find_padding
-from xform.passes.integer import QuantizeProducts
+from xform.passes.integer import Quantizer
 from xform.pipeline.oracle import Inputs, Session
 from xform.rewrite.passes import PassContext
 
-_STEPS = 18  # comparisons at most, about, to return products to float
-_FEW = 2  # batches that the products are ranked on: only their order matters
+_FEW = 2  # batches that parts are measured on: only their order matters
+_TRIED_AGAIN = 6  # nodes in float that are tried in int8 once more
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,84 +40,144 @@ class Sensitivity:
 
     Attributes:
         chosen: The pass, with `keep` filled.
-        quantized: How many products are in int8.
+        quantized: How many nodes are in int8, by operator.
         error: Relative error of the result on the calibration batches.
-        error_before: With every product in int8.
-        alone: Relative error by product, each alone in int8; empty where the bound held at once.
+        error_before: With everything in int8.
+        parts: Relative error by part, each alone in int8; empty where the bound held at once.
     """
 
-    chosen: QuantizeProducts
-    quantized: int
+    chosen: Quantizer
+    quantized: dict[str, int]
     error: float
     error_before: float
-    alone: dict[str, float] = field(default_factory=dict)
+    parts: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def describe(self) -> str:
         """For a remark."""
+        called = {"Conv": "convolutions", "MatMul": "products"}
+        counts = " and ".join(f"{count} {called[kind]}" for kind, count in sorted(self.quantized.items()) if count)
         kept = f", {len(self.chosen.keep)} kept in float" if self.chosen.keep else ""
         before = f" ({self.error_before:.2g} with all of them)" if self.chosen.keep else ""
-        return f"{self.quantized} products in int8{kept}; relative error on calibration {self.error:.2g}{before}"
+        return f"{counts or 'nothing'} in int8{kept}; relative error on calibration {self.error:.2g}{before}"
 
 
-def search(
-    model: ir.Model,
-    batches: Sequence[Inputs],
-    candidate: QuantizeProducts,
-    progress: Progress | None = None,
-) -> Sensitivity:
-    """Choose `keep` so that the error is at most the pass's `max_error`.
+class Trial:
+    """One graph on calibration batches, to try quantizations of it.
 
     Args:
-        model: The graph as `candidate` will get it; left as it is.
+        model: The graph as the pass will get it; left as it is.
         batches: Inputs by name.
-        candidate: The pass; names that it keeps already stay kept.
+        expected: What it gives, where that is known.
 
     Raises:
         CouldNotRunError: The graph does not run on these inputs.
     """
-    max_error = candidate.max_error
+
+    def __init__(
+        self, model: ir.Model, batches: Sequence[Inputs], expected: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.expected = _outputs(model, batches) if expected is None else expected
+
+    def error(self, candidate: Quantizer, count: int | None = None) -> float:
+        """Relative error with `candidate` applied, on the first `count` batches."""
+        rewritten = clone(self.model)
+        candidate.run(rewritten, PassContext())
+        return relative_error(_outputs(rewritten, self.batches[:count]), self.expected[:count])
+
+    def quantized(self, candidate: Quantizer) -> dict[str, str]:
+        """Operators of the nodes that the pass would rewrite, by original name."""
+        context = PassContext()
+        candidate.run(clone(self.model), context)
+        done = {name for remark in context.remarks if remark.verdict == "applied" for name in remark.nodes}
+        nodes = [(display_name(n), n.op_type) for n in self.model.graph.all_nodes() if n.op_type in ("Conv", "MatMul")]
+        return {name: kind for name, kind in nodes if done.intersection((name, *name.split(", ")))}
+
+
+def search(trial: Trial, candidate: Quantizer, progress: Progress | None = None) -> Sensitivity:
+    """Choose `keep` so that the error is at most the pass's `max_error`.
+
+    Args:
+        candidate: The pass; names that it keeps already stay kept.
+    """
     told = progress or (lambda *_: None)
     told("sensitivity", 0, 1)
-    expected = _outputs(model, batches)
-    names = _quantized(model, candidate)
-    before = error = _error(model, batches, candidate, expected)
-    if error <= max_error or not names:
-        return Sensitivity(candidate, len(names), error, before)
-    alone = {}
-    for index, name in enumerate(names):
-        told("sensitivity", index + 1, len(names) + 1)
-        others = tuple(other for other in names if other != name)
-        one = replace(candidate, keep=(*candidate.keep, *others))
-        alone[name] = _error(model, batches[:_FEW], one, expected[:_FEW])
-    worst = sorted(names, key=lambda name: alone[name], reverse=True)
-    kept = 0
-    while error > max_error and kept < len(worst):
-        # errors of layers add up like noise at best, and amplify one another at worst: return as many at once as
-        # make up for the excess if they add up, but never more than a few, as each comparison may already hold
-        excess, freed, step = error**2 - max_error**2, 0.0, 0
-        while kept < len(worst) and step < max(1, len(worst) // _STEPS) and (step == 0 or freed < excess):
-            freed += alone[worst[kept]] ** 2
-            kept, step = kept + 1, step + 1
-        error = _error(model, batches, replace(candidate, keep=(*candidate.keep, *worst[:kept])), expected)
-    chosen = replace(candidate, keep=(*candidate.keep, *worst[:kept]))
-    return Sensitivity(chosen, len(names) - kept, error, before, alone)
+    kinds = trial.quantized(candidate)
+    before = trial.error(candidate)
+    if before <= candidate.max_error or not kinds:
+        return Sensitivity(candidate, _count(kinds, ()), before, before)
+    halving = _Halving(trial, candidate, tuple(kinds), told)
+    worst, error = halving.run(before)
+    kept, error = _tried_again(trial, candidate, worst, error)
+    chosen = replace(candidate, keep=(*candidate.keep, *kept))
+    return Sensitivity(chosen, _count(kinds, kept), error, before, halving.measured)
 
 
-def _quantized(model: ir.Model, candidate: QuantizeProducts) -> list[str]:
-    """Original names of the products that the pass would rewrite."""
-    context = PassContext()
-    candidate.run(clone(model), context)
-    done = {name for remark in context.remarks if remark.verdict == "applied" for name in remark.nodes}
-    products = [display_name(node) for node in model.graph.all_nodes() if node.op_type == "MatMul"]
-    return list(dict.fromkeys(name for name in products if any(part in done for part in (name, *name.split(", ")))))
+class _Halving:
+    """The search for the worst nodes."""
+
+    def __init__(self, trial: Trial, candidate: Quantizer, names: tuple[str, ...], told: Progress) -> None:
+        self.trial = trial
+        self.candidate = candidate
+        self.names = names
+        self.told = told
+        self.kept: list[str] = []
+        self.measured: dict[tuple[str, ...], float] = {}
+        self._open = {names: float("inf")}  # parts in int8, with their error alone
+
+    def run(self, before: float) -> tuple[list[str], float]:
+        """What returns to float, worst first, and the error that remains."""
+        error = goal = before
+        bound = self.candidate.max_error
+        while error > bound and self._open:
+            # parts that amplify one another leave more than the sum of their squares: aim lower by what is in excess
+            goal = min(goal, bound if error == before else goal * bound / error)
+            self._step()
+            while self._open and self._estimate() > goal:
+                self._step()
+            if not self.kept:
+                continue  # the halves alone are within the bound, both together are not: go on halving
+            error = self.trial.error(replace(self.candidate, keep=(*self.candidate.keep, *self.kept)))
+        return self.kept, error
+
+    def _estimate(self) -> float:
+        """Error of all parts together."""
+        return float(sum(error**2 for error in self._open.values()) ** 0.5)
+
+    def _step(self) -> None:
+        """The worst part split, or kept in float if it is one node."""
+        worst = max(self._open, key=lambda part: self._open[part])
+        del self._open[worst]
+        if len(worst) == 1:
+            self.kept.append(worst[0])
+            return
+        for half in (worst[: len(worst) // 2], worst[len(worst) // 2 :]):
+            self.told("sensitivity", min(len(self.measured) + 1, 2 * len(self.names)), 2 * len(self.names))
+            inside = frozenset(half)
+            others = tuple(name for name in self.names if name not in inside)
+            alone = replace(self.candidate, keep=(*self.candidate.keep, *others))
+            self.measured[half] = self._open[half] = self.trial.error(alone, _FEW)
 
 
-def _error(
-    model: ir.Model, batches: Sequence[Inputs], candidate: QuantizeProducts, expected: Sequence[dict[str, Any]]
-) -> float:
-    rewritten = clone(model)
-    candidate.run(rewritten, PassContext())
-    return relative_error(_outputs(rewritten, batches), expected)
+def _tried_again(
+    trial: Trial, candidate: Quantizer, kept: Sequence[str], error: float
+) -> tuple[tuple[str, ...], float]:
+    """`kept` without those of the least harmful that the bound allows in int8 after all."""
+    left = list(kept)
+    for name in kept[: -_TRIED_AGAIN - 1 : -1] if len(kept) > 1 else []:
+        without = [other for other in left if other != name]
+        found = trial.error(replace(candidate, keep=(*candidate.keep, *without)))
+        if found <= candidate.max_error:
+            left, error = without, found
+    return tuple(left), error
+
+
+def _count(kinds: Mapping[str, str], kept: Sequence[str]) -> dict[str, int]:
+    found = {"Conv": 0, "MatMul": 0}
+    for name, kind in kinds.items():
+        found[kind] += name not in kept
+    return found
 
 
 def _outputs(model: ir.Model, batches: Sequence[Inputs]) -> list[dict[str, Any]]:

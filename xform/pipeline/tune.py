@@ -87,16 +87,18 @@ def candidates(
     captured: ir.Model,
     optimized: ir.Model,
     backend: Backend,
-    target: Target,
     options: LowerOptions,
     *,
     mode: TuneMode,
-    only_this_backend: bool,
+    others: Sequence[Backend] = (),
+    forms: Mapping[str, ir.Model] | None = None,
     exact: ir.Model | None = None,
 ) -> list[Candidate]:
     """The lowerings to compare, the default one first and the model as it came last.
 
     Args:
+        others: Further backends, see `competitors`.
+        forms: The graph for a backend, by its name, where that is not `optimized`.
         exact: The graph in float, where `optimized` is quantized: it competes too.
     """
     found = [Candidate(backend.name, optimized, backend, options)]
@@ -104,8 +106,7 @@ def candidates(
         for form in ("multi_head", "written"):
             variant = LowerOptions(options.opset, attention=form)
             found.append(Candidate(f"{backend.name}, attention {form}", optimized, backend, variant))
-    others = [] if only_this_backend or options.portable or options.opset is not None else _others(backend, target)
-    found += [Candidate(other.name, optimized, other, options) for other in others]
+    found += [Candidate(other.name, (forms or {}).get(other.name, optimized), other, options) for other in others]
     if exact is not None:
         found += [Candidate(f"{b.name}, float", exact, b, options) for b in (backend, *others)]
     if backend.name in _MEASURABLE:
@@ -113,8 +114,10 @@ def candidates(
     return found
 
 
-def _others(backend: Backend, target: Target) -> list[Backend]:
-    """Other backends that serve the target, are installed, and can be measured."""
+def competitors(backend: Backend, target: Target, options: LowerOptions) -> list[Backend]:
+    """Other backends that serve the target and these options, are installed, and can be measured."""
+    if options.portable or options.opset is not None:
+        return []
     kinds = [kind() for name, kind in BACKENDS.items() if name != backend.name and name in _MEASURABLE]
     return [other for other in kinds if target.kind in other.kinds and other.available(target) is None]
 

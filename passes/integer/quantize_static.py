@@ -1,0 +1,247 @@
+"""Convolutions, and products with constant weights, in int8 with scales from calibration, everything else in float.
+
+    Conv(X, W) + b  ~  Conv(D(Q(X)), D(Wq)) + b      Q(x) = clip(round(x / s) + z, 0, 255),    D(q) = (q - z) s
+                                                     Wq [m, ..] = round(W[m, ..] / t[m]),      D(Wq) = Wq t
+
+s and z hold for a whole activation tensor, from its calibrated range widened to contain zero; t is one scale per output
+channel. Written in standard ONNX (QuantizeLinear, DequantizeLinear), which runtimes turn into integer kernels: the sums
+are then exact int32 and D(Q(.)) is what the pair means in float, so the numbers do not depend on who runs it.
+
+Only what a product reads is quantized, never what it gives: bias, activation function, residual sum and the norm after
+it see float, and stay fused to the kernel as its epilogue; a rounding less is an error less, too. All readers of one
+activation share one pair.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", section 2.1, for the scheme; Nagel et al. 2021, "A White Paper on Neural Network Quantization", section 2.3,
+for scales per channel.
+
+Legal: float32, a constant finite weight, an activation whose range was measured.
+Profitable, as measured in OpenVINO with AVX2 (docs/performance.md):
+- Conv: at least 4 input channels per group, or one group. Integer kernels sum four bytes at a time; depthwise
+  convolutions have one, and those with several outputs per group run three times slower than in float.
+- MatMul: where the machine has dot-product instructions; without, int8 is 0.8 to 1.3 times as fast as float.
+- at least `smallest` multiply-adds: below (convolutions of pooled vectors), quantizing the input costs what is saved.
+Products in `keep` (original node names) stay in float; `xform.pipeline.sensitivity` finds which have to.
+
+Saturation. Where there are no dot-product instructions, x86 adds the products of two neighbouring input channels in 16
+bits, which holds if the weights of no such pair exceed 128 in sum: 255 * 128 < 2^15. Weights are scaled so that they do
+not, which costs far less than a bit, since two large weights of one sign are seldom neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from xform.errors import UsageError
+from xform.graph.values import ORIGIN, Array, attribute, constant, constant_tensor, display_name, is_op, shape_of
+from xform.passes.integer.quantize_products import dot_product_instructions
+from xform.passes.normalize.ranges import ChannelRange, Ranges, load_ranges
+from xform.rewrite.builder import Builder
+from xform.rewrite.matcher import Match, Search
+from xform.rewrite.passes import Fidelity, RewritePass
+from xform.rewrite.pattern import Key
+from xform.rewrite.rule import QUIET, Failure, Rule
+
+_CODES = 255  # largest uint8
+_SUMMED_AT_ONCE = 4  # bytes, by the instructions of every integer kernel
+_PAIR = 128  # largest sum of two weights whose products with 255 can be added in 16 bits
+
+
+def quantizable_inputs(model: ir.Model) -> list[ir.Value]:
+    """Activations of the main graph that convolutions and products with constant weights read: what needs a range."""
+    readers = (node for node in model.graph if _operands(node) is None)
+    return list(dict.fromkeys(value for node in readers if (value := node.inputs[0]) is not None))
+
+
+def _operands(node: ir.Node) -> Failure | None:
+    """Whether the pass has to do with a node, judged without the data of its weight."""
+    if not is_op(node, "Conv", "MatMul") or len(node.inputs) < 2:
+        return QUIET
+    x, weight = node.inputs[0], constant_tensor(node.inputs[1])
+    if x is None or weight is None or x.dtype is not ir.DataType.FLOAT or weight.dtype is not ir.DataType.FLOAT:
+        return QUIET
+    return QUIET if is_op(node, "MatMul") and len(weight.shape) != 2 else None
+
+
+def activation_codes(span: ChannelRange) -> tuple[Array, Array]:
+    """Scale (float32) and zero point (uint8), both of rank 0, so that the codes cover `span` and zero is exact.
+
+    Args:
+        span: Of the whole tensor; of one with a range per channel the widest is taken.
+    """
+    low, high = min(float(span.low.min()), 0.0), max(float(span.high.max()), 0.0)
+    scale = np.float32((high - low) / _CODES)
+    if not scale > 0:  # nothing but zeros, or nearly: any scale serves
+        return np.asarray(1.0, np.float32), np.asarray(0, np.uint8)
+    return np.asarray(scale), np.asarray(np.clip(np.rint(-low / scale), 0, _CODES), np.uint8)
+
+
+def weight_codes(weight: Array, output_axis: int, input_axis: int, bits: int) -> tuple[Array, Array]:
+    """int8 codes in the shape of the weight, and float32 scales [M], one per output channel.
+
+    Args:
+        weight: Of a convolution [M, C / group, ...] or a product [K, N].
+        output_axis, input_axis: Where its output and input channels are.
+        bits: 8 or 7; or 0 for 8 with no two neighbouring input channels summing to more than 128.
+    """
+    limit = 2 ** ((bits or 8) - 1) - 1
+    wide = np.moveaxis(weight.astype(np.float64), (output_axis, input_axis), (0, 1))
+    flat = np.ascontiguousarray(wide).reshape(*wide.shape[:2], -1)
+    needed = np.abs(flat).max(axis=(1, 2), initial=0.0) / limit
+    if bits == 0:
+        # one less than 128, since rounding adds up to a half twice
+        needed = np.maximum(needed, _pair_peaks(flat) / (_PAIR - 1))
+    scale = np.where(needed > 0, needed, 1.0)
+    codes = np.clip(np.rint(wide / scale.reshape(-1, *[1] * (wide.ndim - 1))), -limit, limit).astype(np.int8)
+    return np.ascontiguousarray(np.moveaxis(codes, (0, 1), (output_axis, input_axis))), scale.astype(np.float32)
+
+
+def _pair_peaks(flat: Array) -> Array:
+    """Largest sum in magnitude of two neighbours along axis 1 of [M, C, taps] that can be added with one sign, [M]."""
+    padded = np.pad(flat, ((0, 0), (0, flat.shape[1] % 2), (0, 0)))
+    even, odd = padded[:, 0::2], padded[:, 1::2]
+    sums = [np.maximum(sign * even, 0) + np.maximum(sign * odd, 0) for sign in (1, -1)]
+    peaks: Array = np.maximum(*sums).max(axis=(1, 2), initial=0.0)
+    return peaks
+
+
+def multiply_adds(node: ir.Node) -> int | None:
+    """Of one convolution or product; None where a size is dynamic."""
+    weight, shape = constant_tensor(node.inputs[1]), shape_of(node.outputs[0])
+    if weight is None or shape is None:
+        return None
+    columns = 1 if is_op(node, "Conv") else -1  # where the output channels, which the weight counts, stand
+    sizes = [dim for axis, dim in enumerate(shape) if axis != columns % len(shape)]
+    if not all(isinstance(dim, int) for dim in sizes):
+        return None
+    return int(weight.size * math.prod(dim for dim in sizes if isinstance(dim, int)))
+
+
+class QuantizeReaders(Rule):
+    """One activation, and all convolutions and products that read it."""
+
+    name = "static"
+    concept = "int8"
+
+    def __init__(self, ranges: Ranges, options: QuantizeStatic) -> None:
+        self._ranges = ranges
+        self._options = options
+        self._keep = frozenset(options.keep)
+        has = dot_product_instructions()
+        self._products = has if options.products is None else options.products
+        self._bits = options.weight_bits or (8 if has else 0)
+
+    def anchors(self) -> frozenset[Key] | None:
+        return frozenset((("", "Conv"), ("", "MatMul")))
+
+    def reach(self) -> int:
+        return 1
+
+    def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
+        failure = self._problem(node)
+        if failure is not None:
+            yield failure
+            return
+        x = node.inputs[0]
+        assert x is not None
+        alike = dict.fromkeys(n for n, at in x.uses() if at == 0 and n.graph is node.graph and n is not node)
+        readers = [node, *(other for other in alike if self._problem(other) is None)]
+        nodes: dict[Hashable, ir.Node] = dict(enumerate(readers))
+        yield Match(values={"x": x}, nodes=nodes, roots=tuple(reader.outputs[0] for reader in readers))
+
+    def _problem(self, node: ir.Node) -> Failure | None:
+        """Why a node stays in float."""
+        failure = _operands(node)
+        if failure is not None:
+            return failure
+        x = node.inputs[0]
+        name = (x.name if x is not None else None) or ""
+        if name not in self._ranges:
+            return Failure(f"there is no range for {name or 'its input'}", (node,))
+        span, weight = self._ranges[name], constant(node.inputs[1])
+        if weight is None or not bool(np.isfinite(weight).all()):
+            return Failure("a weight is not finite", (node,))
+        if not (np.isfinite(span.low).all() and np.isfinite(span.high).all()):
+            return Failure(f"the range of {name} is not finite", (node,))
+        if display_name(node) in self._keep:
+            return Failure("it would cost too much accuracy in int8", (node,))
+        return self._unprofitable(node)
+
+    def _unprofitable(self, node: ir.Node) -> Failure | None:
+        """See the module's docstring."""
+        if is_op(node, "MatMul") and not self._products:
+            return Failure("int8 products do not pay here: this machine has no dot-product instructions", (node,))
+        weight = constant_tensor(node.inputs[1])
+        assert weight is not None
+        channels = int(weight.shape.numpy()[1])
+        if is_op(node, "Conv") and attribute(node, "group", 1) > 1 and channels < _SUMMED_AT_ONCE:
+            return Failure(f"groups of {channels} input channels do not pay in int8", (node,))
+        work = multiply_adds(node)
+        if work is not None and work < self._options.smallest:
+            return Failure(f"{work} multiply-adds are too few to pay", (node,))
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
+        x = match["x"]
+        name = x.name or "activation"
+        scale, zero = activation_codes(self._ranges[name])
+        s, z = build.constant(scale, f"{name}_scale"), build.constant(zero, f"{name}_zero")
+        read = build.op("DequantizeLinear", build.op("QuantizeLinear", x, s, z), s, z)
+        values = []
+        for root in match.roots:
+            node = root.producer()
+            assert node is not None
+            start = len(build.nodes)
+            values.append(self._product(node, read, build))
+            for made in build.nodes[start:]:
+                made.metadata_props[ORIGIN] = display_name(node)
+        return values
+
+    def _product(self, node: ir.Node, x: ir.Value, build: Builder) -> ir.Value:
+        value, weight = node.inputs[1], constant(node.inputs[1])
+        assert value is not None and weight is not None
+        output_axis, input_axis = (0, 1) if is_op(node, "Conv") else (1, 0)
+        codes, scale = weight_codes(weight, output_axis, input_axis, self._bits)
+        name = value.name or "weight"
+        stored = build.constant(codes, f"{name}_int8")
+        read = build.op("DequantizeLinear", stored, build.constant(scale, f"{name}_scale"), axis=output_axis)
+        attributes = {key: attr.value for key, attr in node.attributes.items()}
+        return build.op(node.op_type, x, read, *node.inputs[2:], **attributes)
+
+
+@dataclass(frozen=True)
+class QuantizeStatic(RewritePass):
+    """Convolutions and products in int8 with calibrated scales.
+
+    Attributes:
+        ranges: Of activations by name (`xform.pipeline.calibration.activation_ranges`), or the file that holds them.
+        keep: Original names of nodes that stay in float.
+        weight_bits: 8, 7, or 0 for 8 without saturation on this machine.
+        products: Whether matrix products are quantized, not convolutions alone; None for where it pays here.
+        smallest: Number of multiply-adds from which on a node pays.
+        max_error: Relative error of the outputs that the search for `keep` allows; a cosine of 0.999 is about 0.045.
+    """
+
+    name: ClassVar[str] = "quantize_static"
+    fidelity: ClassVar[Fidelity] = "approximate"
+
+    ranges: str | Ranges = field(default="", hash=False)
+    keep: tuple[str, ...] = ()
+    weight_bits: int = 0
+    products: bool | None = None
+    smallest: int = 1 << 19
+    max_error: float = 0.04
+
+    def rules(self) -> Sequence[Rule]:
+        if self.weight_bits not in (0, 7, 8):
+            raise UsageError(f"weight_bits must be 8, 7 or 0, not {self.weight_bits}")
+        return (QuantizeReaders(load_ranges(self.ranges), self),)
+
+
+__all__ = ["QuantizeStatic", "activation_codes", "multiply_adds", "quantizable_inputs", "weight_codes"]
