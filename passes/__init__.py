@@ -23,7 +23,7 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
-from xform.passes.fuse import AbsorbChannelShuffle, SplitChannelMultiplier
+from xform.passes.fuse import AbsorbChannelShuffle, AbsorbTransposes, SplitChannelMultiplier
 from xform.passes.integer import QuantizeProducts, QuantizeStatic
 from xform.passes.normalize import (
     AbsorbNormAffine,
@@ -64,6 +64,7 @@ PASSES: dict[str, type[Pass]] = {
         # fuse
         SplitChannelMultiplier,
         AbsorbChannelShuffle,
+        AbsorbTransposes,
         # integer
         QuantizeProducts,
         QuantizeStatic,

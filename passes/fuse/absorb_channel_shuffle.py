@@ -27,15 +27,11 @@ import onnx_ir as ir
 
 from xform.graph.values import Array, attribute, constant, is_constant, is_op, same_dim, shape_of, used_once
 from xform.passes.cleanup.local import NodeRule, given
+from xform.patterns.elementwise import UNARY
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match
 from xform.rewrite.passes import PassContext, RewritePass
 from xform.rewrite.rule import QUIET, Failure, Rule
-
-_CHANNEL_BLIND = (
-    *("Relu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "LeakyRelu", "Elu", "Selu", "Celu", "Mish"),
-    *("Softplus", "Softsign", "Erf", "Abs", "Neg", "Sqrt", "Exp", "Swish", "Identity"),
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class IntoConvolution(NodeRule):
 
 def _channelwise(node: ir.Node) -> bool:
     """Whether channel c of the result is made of channel c of the first input, in a way that can be reordered."""
-    if is_op(node, *_CHANNEL_BLIND):
+    if is_op(node, *UNARY):
         return len(node.inputs) == 1
     if not is_op(node, "Conv"):
         return False

@@ -34,6 +34,7 @@ EXACT: tuple[str, ...] = (
     # operators in the shapes that run fast
     "split_channel_multiplier",
     "absorb_channel_shuffle",
+    "absorb_transposes",
     # what the above left behind
     "simplify_layout",
     "fold_shape_arithmetic",
