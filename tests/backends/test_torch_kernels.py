@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from xform.backends.torch_triton.kernels import common, kernels
-from xform.backends.torch_triton.kernels.packed_attention.kernel import pack, packed_attention, unpack
+from xform.backends.torch_triton.kernels.packed_attention.kernel import packed_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 63, 197, 1000)
@@ -94,6 +94,27 @@ def test_the_stream_is_the_sum(size: int) -> None:
     weight = torch.ones(size, dtype=torch.bfloat16, device=DEVICE)
     _, stream = torch.ops.xform.residual_norm(x, residual, weight, None, 1e-5, True)
     assert_equal(stream, x + residual)
+
+
+def pack(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Drop the padding.
+
+    Args:
+        x: [B, S, ...]; mask: [B, S], true for tokens.
+
+    Returns:
+        The tokens [T, ...], their places in the flat [B S], the starts of `packed_attention`, the longest length.
+    """
+    lengths = mask.sum(1, dtype=torch.int32)
+    places = torch.nonzero(mask.reshape(-1)).reshape(-1)
+    starts = torch.nn.functional.pad(torch.cumsum(lengths, 0, dtype=torch.int32), (1, 0))
+    return x.flatten(0, 1).index_select(0, places), places, starts, int(lengths.max())
+
+
+def unpack(tokens: torch.Tensor, places: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Tokens [T, ...] back at their places in [B, S, ...], zeros elsewhere."""
+    padded = tokens.new_zeros((batch * length, *tokens.shape[1:]))
+    return padded.index_copy(0, places, tokens).unflatten(0, (batch, length))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
