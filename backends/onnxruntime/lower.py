@@ -15,6 +15,7 @@ import onnx_ir.passes.common as common_passes
 from xform.backends.base import LowerOptions
 from xform.backends.onnxruntime import activations
 from xform.backends.onnxruntime.attention import FORMS, lower_attention
+from xform.backends.onnxruntime.channel_gate import RESIZE_SINCE, lower_channel_gate, lower_spatial_mean
 from xform.backends.onnxruntime.emit import Emitter
 from xform.backends.onnxruntime.linear import lower_linear
 from xform.backends.onnxruntime.residual import lower_residual
@@ -97,6 +98,10 @@ def _lower_all(emitter: Emitter, nodes: Iterable[ir.Node], options: LowerOptions
         if is_op(node, "Add"):
             if not lower_linear(emitter, node) and not options.portable:
                 lower_residual(emitter, node)
+        elif is_op(node, "ReduceMean") and not options.portable:
+            lower_spatial_mean(emitter, node)
+        elif is_op(node, "Mul") and not options.portable and opset >= RESIZE_SINCE:
+            lower_channel_gate(emitter, node)
         elif is_op(node, "Swish"):
             activations.lower_swish(emitter, node)
         elif node.op_type in _SINCE and opset < _SINCE[node.op_type]:
