@@ -15,22 +15,33 @@ Legal: a constant float32 weight of rank 2 with finite entries, a float32 operan
 Profitable: at least `smallest` weights, K and N at least 32: below, finding the range of X costs more than the product
 saves. Products in `keep` (original node names) stay in float; `xform.pipeline.sensitivity` finds which have to.
 
-The limit. Without dot-product instructions (VNNI and the like) x86 adds two products u8 * s8 in 16 bits, which
-saturates at 2 * 255 * 127 > 32767. With |Wq| <= 63 it cannot: 2 * 255 * 63 = 32130. So `weight_bits` is 8 where this
-machine has such instructions and 7 elsewhere; an artifact made with 8 is meant for machines that have them.
+Outliers. Where `ranges` say that a few input channels are much larger than the others, those stay in float:
+
+    X W  =  (X m) W  +  X[:, O] W[O]        m = 0 on the outliers O and 1 elsewhere
+
+so that they do not take the resolution of the rest. O are the channels whose peak is beyond `_FLAT` times that of the
+channel at rank K / 32, if that makes the range of the rest at most half as large. Cost: one pass over X and 2 |O| N
+multiply-adds per row in float; an error in the choice of O costs resolution, never range.
+Source: Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section 3.2, with O
+chosen offline.
+
+`weight_bits` is 8 where this machine has dot-product instructions, and elsewhere 8 so that 16-bit sums of pairs cannot
+saturate (`passes.integer.weight_codes`); an artifact made with 8 is meant for machines that have them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from xform.errors import UsageError
 from xform.graph.values import Array, constant, constant_tensor, display_name
+from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
+from xform.passes.normalize.ranges import ChannelRange, Ranges, load_ranges
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match
 from xform.rewrite.passes import Fidelity, PassContext, RewritePass
@@ -38,7 +49,8 @@ from xform.rewrite.pattern import const, op, var
 from xform.rewrite.rule import QUIET, Failure, Rule
 
 _NARROWEST = 32
-_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_FEW_OF = 32  # one channel in so many may be an outlier
+_FLAT = 1.25  # times the peak of the channel at that rank: what is above it is an outlier
 
 
 class QuantizeProduct(Rule):
@@ -48,10 +60,11 @@ class QuantizeProduct(Rule):
     concept = "int8"
     pattern = op("MatMul", var("x"), const(name="w"), name="product")
 
-    def __init__(self, weight_bits: int, keep: frozenset[str], smallest: int) -> None:
-        self._limit = 2 ** (weight_bits - 1) - 1
+    def __init__(self, weight_bits: int, keep: frozenset[str], smallest: int, ranges: Ranges) -> None:
+        self._bits = weight_bits
         self._keep = keep
         self._smallest = smallest
+        self._ranges = ranges
 
     def check(self, match: Match, context: PassContext) -> Failure | None:
         x, weight = match["x"], constant_tensor(match["w"])
@@ -76,32 +89,43 @@ class QuantizeProduct(Rule):
         return None
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
-        weight = constant(match["w"])
+        x, weight = match["x"], constant(match["w"])
         assert weight is not None
-        quantized, scale = quantize_weight(weight, self._limit)
-        rows, row_scale, zero = build.ops("DynamicQuantizeLinear", [match["x"]], 3)
         name = match["w"].name or "weight"
-        sums = build.op("MatMulInteger", rows, build.constant(quantized, f"{name}_int8"), zero)
+        span = self._ranges.get(x.name or "")
+        apart = outliers(span) if span is not None and len(span.low) == len(weight) else np.zeros(0, np.int64)
+        if not len(apart):
+            return self._integer(x, weight, name, build)
+        kept = np.ones(len(weight), np.float32)
+        kept[apart] = 0
+        rest = build.op("Mul", x, build.constant(kept, f"{x.name}_inliers"))
+        result = self._integer(rest, weight * kept[:, None], name, build)
+        large = build.op("Gather", x, build.constant(apart, f"{x.name}_outliers"), axis=-1)
+        return build.op("Add", result, build.op("MatMul", large, build.constant(weight[apart], f"{name}_outliers")))
+
+    def _integer(self, x: ir.Value, weight: Array, name: str, build: Builder) -> ir.Value:
+        """The product of one scale, in the spelling that ONNX Runtime fuses."""
+        codes, scale = weight_codes(weight, 1, 0, self._bits)
+        rows, row_scale, zero = build.ops("DynamicQuantizeLinear", [x], 3)
+        sums = build.op("MatMulInteger", rows, build.constant(codes, f"{name}_int8"), zero)
         factor = build.op("Mul", row_scale, build.constant(scale, f"{name}_scale"))
         return build.op("Mul", build.op("Cast", sums, to=int(ir.DataType.FLOAT)), factor)
 
 
-def quantize_weight(weight: Array, limit: int) -> tuple[Array, Array]:
-    """int8 [K, N] within +-limit, and float32 scales [N]; a column of zeros gets scale 1."""
-    largest = np.abs(weight.astype(np.float64)).max(axis=0)
-    scale = np.where(largest > 0, largest / limit, 1.0)
-    quantized = np.clip(np.rint(weight / scale), -limit, limit).astype(np.int8)
-    return quantized, scale.astype(np.float32)
+def outliers(span: ChannelRange) -> Array:
+    """Indices of the channels that stay in float, ascending; empty where nothing stands out.
 
-
-def dot_product_instructions() -> bool:
-    """Whether this machine sums products of bytes in 32 bits."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    words = set(text.split())
-    return any(name in words for name in _DOT_PRODUCTS)
+    Args:
+        span: Smallest and largest value per channel, [K].
+    """
+    peaks = span.peak
+    ranked = np.sort(peaks)[::-1]
+    most = len(peaks) // _FEW_OF
+    if most == 0:
+        return np.zeros(0, np.int64)
+    found = np.flatnonzero(peaks > _FLAT * ranked[most])
+    pays = len(found) and ranked[len(found)] <= ranked[0] / 2
+    return found if pays else found[:0]
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,9 @@ class QuantizeProducts(RewritePass):
 
     Attributes:
         keep: Original names of product nodes that stay in float.
-        weight_bits: 8, 7, or 0 for what suits this machine.
+        ranges: Per channel, of the inputs of products by name (`xform.pipeline.calibration.channel_ranges`), or the
+            file that holds them; without them no channel stays in float.
+        weight_bits: 8, 7, or 0 for 8 without saturation on this machine.
         smallest: Number of weights from which on a product pays.
         max_error: Relative error of the outputs that the search for `keep` allows; a cosine of 0.999 is about 0.045.
     """
@@ -118,11 +144,15 @@ class QuantizeProducts(RewritePass):
     name: ClassVar[str] = "quantize_products"
     fidelity: ClassVar[Fidelity] = "approximate"
 
+    ranges: str | Ranges = field(default="", hash=False)
     keep: tuple[str, ...] = ()
     weight_bits: int = 0
     smallest: int = 1 << 13
     max_error: float = 0.04
 
     def rules(self) -> Sequence[Rule]:
-        bits = self.weight_bits or (8 if dot_product_instructions() else 7)
-        return (QuantizeProduct(bits, frozenset(self.keep), self.smallest),)
+        if self.weight_bits not in (0, 7, 8):
+            raise UsageError(f"weight_bits must be 8, 7 or 0, not {self.weight_bits}")
+        bits = self.weight_bits or (8 if dot_product_instructions() else 0)
+        ranges = load_ranges(self.ranges) if self.ranges else {}
+        return (QuantizeProduct(bits, frozenset(self.keep), self.smallest, ranges),)

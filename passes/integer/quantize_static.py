@@ -40,7 +40,7 @@ import onnx_ir as ir
 
 from xform.errors import UsageError
 from xform.graph.values import ORIGIN, Array, attribute, constant, constant_tensor, display_name, is_op, shape_of
-from xform.passes.integer.quantize_products import dot_product_instructions
+from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange, Ranges, load_ranges
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
@@ -50,7 +50,6 @@ from xform.rewrite.rule import QUIET, Failure, Rule
 
 _CODES = 255  # largest uint8
 _SUMMED_AT_ONCE = 4  # bytes, by the instructions of every integer kernel
-_PAIR = 128  # largest sum of two weights whose products with 255 can be added in 16 bits
 
 
 def quantizable_inputs(model: ir.Model) -> list[ir.Value]:
@@ -80,35 +79,6 @@ def activation_codes(span: ChannelRange) -> tuple[Array, Array]:
     if not scale > 0:  # nothing but zeros, or nearly: any scale serves
         return np.asarray(1.0, np.float32), np.asarray(0, np.uint8)
     return np.asarray(scale), np.asarray(np.clip(np.rint(-low / scale), 0, _CODES), np.uint8)
-
-
-def weight_codes(weight: Array, output_axis: int, input_axis: int, bits: int) -> tuple[Array, Array]:
-    """int8 codes in the shape of the weight, and float32 scales [M], one per output channel.
-
-    Args:
-        weight: Of a convolution [M, C / group, ...] or a product [K, N].
-        output_axis, input_axis: Where its output and input channels are.
-        bits: 8 or 7; or 0 for 8 with no two neighbouring input channels summing to more than 128.
-    """
-    limit = 2 ** ((bits or 8) - 1) - 1
-    wide = np.moveaxis(weight.astype(np.float64), (output_axis, input_axis), (0, 1))
-    flat = np.ascontiguousarray(wide).reshape(*wide.shape[:2], -1)
-    needed = np.abs(flat).max(axis=(1, 2), initial=0.0) / limit
-    if bits == 0:
-        # one less than 128, since rounding adds up to a half twice
-        needed = np.maximum(needed, _pair_peaks(flat) / (_PAIR - 1))
-    scale = np.where(needed > 0, needed, 1.0)
-    codes = np.clip(np.rint(wide / scale.reshape(-1, *[1] * (wide.ndim - 1))), -limit, limit).astype(np.int8)
-    return np.ascontiguousarray(np.moveaxis(codes, (0, 1), (output_axis, input_axis))), scale.astype(np.float32)
-
-
-def _pair_peaks(flat: Array) -> Array:
-    """Largest sum in magnitude of two neighbours along axis 1 of [M, C, taps] that can be added with one sign, [M]."""
-    padded = np.pad(flat, ((0, 0), (0, flat.shape[1] % 2), (0, 0)))
-    even, odd = padded[:, 0::2], padded[:, 1::2]
-    sums = [np.maximum(sign * even, 0) + np.maximum(sign * odd, 0) for sign in (1, -1)]
-    peaks: Array = np.maximum(*sums).max(axis=(1, 2), initial=0.0)
-    return peaks
 
 
 def multiply_adds(node: ir.Node) -> int | None:
@@ -244,4 +214,4 @@ class QuantizeStatic(RewritePass):
         return (QuantizeReaders(load_ranges(self.ranges), self),)
 
 
-__all__ = ["QuantizeStatic", "activation_codes", "multiply_adds", "quantizable_inputs", "weight_codes"]
+__all__ = ["QuantizeStatic", "activation_codes", "multiply_adds", "quantizable_inputs"]

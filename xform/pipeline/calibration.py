@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.clone import clone
+from xform.graph.values import is_op
 from xform.passes.integer.quantize_static import quantizable_inputs
 from xform.passes.normalize.ranges import ChannelRange
 from xform.patterns import norm as norms
@@ -72,6 +73,28 @@ def norm_ranges(model: ir.Model, batches: Iterable[Inputs], run: Run | None = No
             here = ChannelRange(wide.min(axis=0), wide.max(axis=0))
             name = value.name or ""
             ranges[name] = ranges[name].joined(here) if name in ranges else here
+    return ranges
+
+
+def channel_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, ChannelRange]:
+    """Smallest and largest value per input channel ([K], the last axis) of what `quantize_products` may quantize.
+
+    Args:
+        model: The graph as the pass will get it.
+        batches: Inputs by name.
+
+    Raises:
+        CouldNotRunError: The graph does not run on these inputs.
+    """
+    products = [value for value in quantizable_inputs(model) if any(is_op(n, "MatMul") for n, _ in value.uses())]
+    values = [value for value in products if not value.is_graph_input()]
+    ranges: dict[str, ChannelRange] = {}
+    for arrays in observe(model, batches, values):
+        for value, array in zip(values, arrays, strict=True):
+            rows = np.asarray(array, np.float64).reshape(-1, array.shape[-1])
+            if len(rows):
+                here, name = ChannelRange(rows.min(axis=0), rows.max(axis=0)), value.name or ""
+                ranges[name] = ranges[name].joined(here) if name in ranges else here
     return ranges
 
 

@@ -7,8 +7,11 @@ import onnx_ir as ir
 import pytest
 from support import applied, apply, missed, ops, parse, run
 
+from xform.errors import UsageError
 from xform.passes.integer import QuantizeProducts
-from xform.passes.integer.quantize_products import quantize_weight
+from xform.passes.integer.quantize_products import outliers
+from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
+from xform.passes.normalize.ranges import ChannelRange
 
 RNG = np.random.default_rng(0)
 K, N = 96, 128
@@ -42,12 +45,74 @@ def test_the_scale_is_per_output_channel() -> None:
     np.testing.assert_allclose(fine, coarse, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_of_seven_bits_cannot_saturate_sixteen_bit_sums() -> None:
-    q, scale = quantize_weight(W, 63)
-    assert q.dtype == np.int8 and np.abs(q).max() == 63 and 2 * 255 * int(np.abs(q).max()) < 2**15
-    assert np.abs(q * scale - W).max() <= scale.max() / 2 * 1.001
-    assert any(v.const_value is not None and v.dtype is ir.DataType.INT8 and np.abs(v.const_value.numpy()).max() == 63
-               for v in quantized(weight_bits=7).graph.initializers.values())  # fmt: skip
+@pytest.mark.parametrize("rows", [96, 95, 1])
+def test_no_pair_of_weights_can_saturate_sixteen_bit_sums(rows: int) -> None:
+    weight = RNG.standard_normal((rows, 300)) * RNG.choice([1.0, 8.0], (rows, 300), p=[0.9, 0.1])
+    codes, scale = weight_codes(weight, 1, 0, 0)
+    wide = np.pad(codes.astype(np.int64), ((0, rows % 2), (0, 0)))
+    for sign in (1, -1):
+        even, odd = (np.maximum(sign * wide[start::2], 0) for start in (0, 1))
+        assert (even + odd).max() <= 128 and 255 * (even + odd).max() < 2**15
+    assert np.abs(codes * scale - weight).max() <= scale.max() / 2 * 1.001
+    assert rows == 1 or np.abs(codes).max() > 63  # more than seven bits would give
+
+
+def test_integer_sums_are_exact_where_every_activation_is_the_largest() -> None:
+    """The worst case for 16-bit sums, through the runtime's own kernel."""
+    weight = np.abs(RNG.standard_normal((384, 64))).astype(np.float32)  # all of one sign
+    graph = parse("g (float[7,384] x, float[384,64] w) => (float[7,64] y) { y = MatMul(x, w) }", {"w": weight})
+    apply(graph, QuantizeProducts(weight_bits=0))
+    (found,) = run(graph, {"x": np.ones((7, 384), np.float32)})
+    codes, scale = weight_codes(weight, 1, 0, 0)
+    if not dot_product_instructions():
+        np.testing.assert_allclose(found[0], codes.astype(np.int64).sum(0) * scale, rtol=1e-5)
+    np.testing.assert_allclose(found, np.broadcast_to(weight.sum(0), found.shape), rtol=0.02)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_the_number_of_bits_can_be_given(bits: int) -> None:
+    codes = [v.const_value.numpy() for v in quantized(weight_bits=bits).graph.initializers.values()
+             if v.const_value is not None and v.dtype is ir.DataType.INT8]  # fmt: skip
+    assert [np.abs(array).max() for array in codes] == [2 ** (bits - 1) - 1]
+    with pytest.raises(UsageError, match="weight_bits"):
+        quantized(weight_bits=bits - 4)
+
+
+def spiky(factor: float) -> tuple[np.ndarray, ChannelRange]:
+    """Rows whose channels 5 and 40 are larger than the others, and their ranges."""
+    x = RNG.standard_normal((2, 5, K)).astype(np.float32)
+    x[..., [5, 40]] *= factor
+    rows = x.reshape(-1, K).astype(np.float64)
+    return x, ChannelRange(rows.min(0), rows.max(0))
+
+
+def test_outlier_channels_stay_in_float_and_the_rest_gets_their_resolution() -> None:
+    x, span = spiky(40.0)
+    assert outliers(span).tolist() == [5, 40]
+    errors = []
+    for ranges in ({}, {"x": span}):
+        model = quantized(ranges=ranges)
+        (found,) = run(model, {"x": x})
+        errors.append(float(np.linalg.norm(found - x @ W) / np.linalg.norm(x @ W)))
+        assert ("Gather" in ops(model)) == bool(ranges)
+    assert errors[1] < errors[0] / 3
+
+
+def test_outliers_beyond_the_calibrated_range_are_no_problem() -> None:
+    x, span = spiky(40.0)
+    x[..., [5, 40]] *= 100
+    (found,) = run(quantized(ranges={"x": span}), {"x": x})
+    np.testing.assert_allclose(found, x @ W, rtol=0, atol=0.02 * float(np.abs(x @ W).max()))
+
+
+@pytest.mark.parametrize("case", ["even", "many", "narrow"])
+def test_channels_that_do_not_stand_out_are_no_outliers(case: str) -> None:
+    peak = RNG.uniform(1, 1.5, K)
+    if case == "many":
+        peak[:20] *= 40  # more than one in 32: float products of them would cost more than they save
+    if case == "narrow":
+        peak = np.r_[100.0, np.ones(20)]
+    assert not len(outliers(ChannelRange(-peak, peak)))
 
 
 def test_a_column_of_zeros_stays_zero() -> None:

@@ -13,7 +13,8 @@ from support import applied, apply, declared, missed, ops, parse, run
 from xform.errors import UsageError
 from xform.graph.clone import clone
 from xform.passes.integer import QuantizeStatic
-from xform.passes.integer.quantize_static import activation_codes, multiply_adds, quantizable_inputs, weight_codes
+from xform.passes.integer.quantize_static import activation_codes, multiply_adds, quantizable_inputs
+from xform.passes.integer.weight_codes import weight_codes
 from xform.passes.normalize.ranges import ChannelRange, save_ranges
 from xform.pipeline.calibration import activation_ranges
 from xform.rewrite.passes import PassContext
