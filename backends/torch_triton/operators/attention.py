@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch.fx import Node
 from xform.backends.torch_triton.functions import attention
 from xform.backends.torch_triton.lower.site import Site
 from xform.backends.torch_triton.lower.table import lowers
+from xform.graph.values import Array
+
+_CLOSED = -1e4  # a mask at most this low leaves a weight of exp(-10000), which is 0 in every dtype here
 
 
 @lowers("Attention", since=23)
@@ -60,15 +64,18 @@ def _mask(site: Site, query: Node, key: Node, *, is_causal: bool) -> Node | None
 
 
 def _fused(site: Site, query: Node, key: Node, value: Node) -> Node:
-    """Through torch's own attention kernels."""
+    """Through torch's own attention kernels, of which the fastest take no mask."""
     is_causal = bool(site.attr("is_causal", 0))
-    alone = is_causal and not any(site.has(i) for i in (3, 4, 6))
-    alone = alone and (site.attr("left_window_size", -1), site.attr("right_window_size", -1)) == (-1, -1)
+    meaning = _meaning(site)
+    windows = site.attr("left_window_size", -1), site.attr("right_window_size", -1)
+    alone = not (site.has(4) or site.has(6)) and windows == (-1, -1)
+    alone = alone and (meaning is not None if site.has(3) else is_causal)
+    is_causal = is_causal or meaning == "causal"
     mask = None if alone else _mask(site, query, key, is_causal=is_causal)
     options: dict[str, Any] = {}
     if mask is not None:
         options["attn_mask"] = mask
-    if alone:
+    if alone and is_causal:
         options["is_causal"] = True
     if site.attr("scale") is not None:
         options["scale"] = site.attr("scale")
@@ -79,14 +86,43 @@ def _fused(site: Site, query: Node, key: Node, value: Node) -> Node:
         empty = site.once(attention.empty_rows, mask)
         options["attn_mask"] = site.once(attention.lifted, mask, empty)
         result = site.call(F.scaled_dot_product_attention, query, key, value, **options)
-        return site.call(torch.Tensor.masked_fill, result, empty, 0.0)
+        return site.call(torch.where, empty, 0.0, result)  # keeps the strides, so the merge of heads stays a view
     return site.call(F.scaled_dot_product_attention, query, key, value, **options)
 
 
-def _full(site: Site) -> bool:
-    """Whether no row of the mask can be empty: a float mask without infinities."""
+def _meaning(site: Site) -> str | None:
+    """What a constant mask says: "all" may be seen, only the past is ("causal"), or something else (None)."""
+    allowed, query, keys = _allowed(site), site.shape(0), site.shape(1)
+    if allowed is None or query is None or keys is None or site.has(4):
+        return None
+    if allowed.all():
+        return "all" if allowed.shape[-1] == keys[-2] or allowed.shape[-1] == 1 else None
+    rows, columns = allowed.shape[-2:] if allowed.ndim > 1 else (1, 1)
+    if rows != columns or (rows, columns) != (query[-2], keys[-2]):
+        return None
+    return "causal" if np.array_equal(allowed, np.broadcast_to(np.tri(rows, dtype=bool), allowed.shape)) else None
+
+
+def _allowed(site: Site) -> Array | None:
+    """A constant mask as booleans; None if it is computed, or has other numbers than 0 and such as leave no weight."""
     known = site.known(3)
-    return known is not None and known.dtype.kind == "f" and bool((known > -1e38).all())
+    if known is None or known.dtype.kind == "b":
+        return known
+    if known.dtype.kind != "f":
+        return None
+    allowed = known == 0
+    return allowed if bool((allowed | (known <= _CLOSED)).all()) else None
+
+
+def _full(site: Site) -> bool:
+    """Whether no row of the mask can be empty: a constant that closes nothing for good, or leaves something in each."""
+    known = site.known(3)
+    if known is None or known.dtype.kind not in "bf":
+        return False
+    if bool((known if known.dtype.kind == "b" else known > -1e38).all()):
+        return True
+    elsewhere = bool(site.attr("is_causal", 0)) or site.attr("right_window_size", -1) >= 0
+    return not elsewhere and bool((known if known.dtype.kind == "b" else known > _CLOSED).any(-1).all())
 
 
 def _staged(site: Site, query: Node, key: Node, value: Node) -> tuple[Node, Node]:

@@ -144,7 +144,7 @@ def _valid(places: Node) -> Node | None:
 def _packed_again(node: Node, valid: Node) -> tuple[Node, Node] | None:
     """The node that packs the result of an attention, and the index that it packs by, if nothing else reads it."""
     chain = list(_only_readers(node))
-    if chain and _is_method(chain[0], "masked_fill"):
+    if chain and common.is_call(chain[0], torch.where):  # zeros for queries that may see nothing
         chain = chain[1:]
     if not chain or not common.is_call(chain[0], torch.permute) or list(chain[0].args[1]) != _HEADS:  # type: ignore[arg-type]
         return None

@@ -98,7 +98,7 @@ def attend(
     result = F.scaled_dot_product_attention(
         q, k, v, attn_mask=lifted(mask, empty), scale=scale, enable_gqa=heads[0] != heads[1]
     )
-    return merge_heads(result.masked_fill(empty, 0.0)).flatten(0, 1).index_select(0, rows)
+    return merge_heads(torch.where(empty, 0.0, result)).flatten(0, 1).index_select(0, rows)
 
 
 def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
