@@ -23,8 +23,8 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
-from xform.passes.fuse import AbsorbChannelShuffle, AbsorbTransposes, SplitChannelMultiplier
-from xform.passes.integer import QuantizeProducts, QuantizeStatic
+from xform.passes.fuse import AbsorbChannelShuffle, AbsorbTransposes, PackProducts, SplitChannelMultiplier
+from xform.passes.integer import QuantizeProducts, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import (
     AbsorbNormAffine,
     CompressRMSNorm,
@@ -65,9 +65,11 @@ PASSES: dict[str, type[Pass]] = {
         SplitChannelMultiplier,
         AbsorbChannelShuffle,
         AbsorbTransposes,
+        PackProducts,
         # integer
         QuantizeProducts,
         QuantizeStatic,
+        ScaleChannels,
         # cleanup
         EliminateIdentities,
         FoldConstants,

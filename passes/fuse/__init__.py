@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xform.passes.fuse.absorb_channel_shuffle import AbsorbChannelShuffle
 from xform.passes.fuse.absorb_transposes import AbsorbTransposes
+from xform.passes.fuse.pack_products import PackProducts
 from xform.passes.fuse.split_channel_multiplier import SplitChannelMultiplier
 
-__all__ = ["AbsorbChannelShuffle", "AbsorbTransposes", "SplitChannelMultiplier"]
+__all__ = ["AbsorbChannelShuffle", "AbsorbTransposes", "PackProducts", "SplitChannelMultiplier"]

@@ -35,6 +35,7 @@ EXACT: tuple[str, ...] = (
     "split_channel_multiplier",
     "absorb_channel_shuffle",
     "absorb_transposes",
+    "pack_products",
     # what the above left behind
     "simplify_layout",
     "fold_shape_arithmetic",
