@@ -2,7 +2,8 @@
 
 from xform.passes.integer.quantize_products import QuantizeProducts
 from xform.passes.integer.quantize_static import QuantizeStatic
+from xform.passes.integer.scale_channels import ScaleChannels
 
 Quantizer = QuantizeProducts | QuantizeStatic
 
-__all__ = ["QuantizeProducts", "QuantizeStatic", "Quantizer"]
+__all__ = ["QuantizeProducts", "QuantizeStatic", "Quantizer", "ScaleChannels"]
