@@ -16,6 +16,8 @@ import numpy as np
 from xform.graph.values import Array
 
 _DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_DAMPING = 0.01  # of the mean of the diagonal, so that the inverse exists
+_BLOCK = 128  # rows whose updates to the rows after them are made at once
 _PAIR = 128  # largest sum of two weights whose products with 255 can be added in 16 bits
 
 
@@ -56,3 +58,43 @@ def _pair_peaks(flat: Array) -> Array:
     sums = [np.maximum(sign * even, 0) + np.maximum(sign * odd, 0) for sign in (1, -1)]
     peaks: Array = np.maximum(*sums).max(axis=(1, 2), initial=0.0)
     return peaks
+
+
+def compensated_codes(weight: Array, gram: Array, bits: int) -> tuple[Array, Array]:
+    """Codes and scales of a product as `weight_codes` gives them, rounded so that the errors of a column cancel.
+
+    Row after row of W [K, N] is rounded, and what that changes in X W is made up for, as far as X allows, in the rows
+    not rounded yet. The error of X W on the calibration rows falls, though that of W grows.
+
+    Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    sections 3.1 to 3.3 (its Cholesky form, with lazy updates of blocks).
+
+    Args:
+        weight: [K, N].
+        gram: X^T X / M [K, K], X [M, K] what the product reads.
+        bits: See `weight_codes`.
+    """
+    _, scale = weight_codes(weight, 1, 0, bits)
+    limit = 2 ** ((bits or 8) - 1) - 1
+    left, steps = weight.astype(np.float64), scale.astype(np.float64)
+    hessian = gram.astype(np.float64)
+    diagonal = np.diag_indices(len(hessian))
+    hessian[diagonal] += max(_DAMPING * float(np.mean(hessian[diagonal])), np.finfo(np.float64).tiny)
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    codes = np.zeros_like(left)
+    for start in range(0, len(left), _BLOCK):
+        end = min(start + _BLOCK, len(left))
+        errors = np.zeros((end - start, left.shape[1]))
+        for row in range(start, end):
+            code = np.clip(np.rint(left[row] / steps), -limit, limit)
+            if bits == 0 and row % 2:  # the second of a pair: see the module's docstring
+                before = codes[row - 1]
+                code = np.clip(
+                    code, np.where(before <= 0, -_PAIR - before, -limit), np.where(before >= 0, _PAIR - before, limit)
+                )
+            codes[row] = code
+            error = (left[row] - code * steps) / upper[row, row]
+            left[row + 1 : end] -= np.outer(upper[row, row + 1 : end], error)
+            errors[row - start] = error
+        left[end:] -= upper[start:end, end:].T @ errors
+    return codes.astype(np.int8), scale

@@ -10,7 +10,7 @@ from support import applied, apply, missed, ops, parse, run
 from xform.errors import UsageError
 from xform.passes.integer import QuantizeProducts
 from xform.passes.integer.quantize_products import outliers
-from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
+from xform.passes.integer.weight_codes import compensated_codes, dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange
 
 RNG = np.random.default_rng(0)
@@ -103,6 +103,40 @@ def test_outliers_beyond_the_calibrated_range_are_no_problem() -> None:
     x[..., [5, 40]] *= 100
     (found,) = run(quantized(ranges={"x": span}), {"x": x})
     np.testing.assert_allclose(found, x @ W, rtol=0, atol=0.02 * float(np.abs(x @ W).max()))
+
+
+def test_with_a_scale_per_row_a_large_row_takes_no_resolution_from_the_others() -> None:
+    x = RNG.standard_normal((2, 5, K)).astype(np.float32)
+    x[0, 3] *= 300
+    x[1, 2] = 0
+    expected, errors = x @ W, []
+    for per_row in (False, True):
+        (found,) = run(quantized(per_row=per_row), {"x": x})
+        assert np.isfinite(found).all() and (found[1, 2] == 0).all()
+        small = [(0, 0), (0, 1), (1, 4)]
+        errors.append(max(float(np.linalg.norm(found[i] - expected[i]) / np.linalg.norm(expected[i])) for i in small))
+    assert errors[1] < 0.02 < 0.2 < errors[0]
+
+
+def test_compensated_codes_are_nearer_in_the_product_and_cannot_saturate() -> None:
+    mix = RNG.standard_normal((12, 97))  # channels that go together, as those of real activations do
+    x = RNG.standard_normal((400, 12)) @ mix + 0.3 * RNG.standard_normal((400, 97))
+    weight = RNG.standard_normal((97, 40))
+    errors = []
+    for codes, scale in (weight_codes(weight, 1, 0, 0), compensated_codes(weight, x.T @ x / len(x), 0)):
+        wide = np.pad(codes.astype(np.int64), ((0, 1), (0, 0)))
+        assert max(sum(np.maximum(sign * wide[at::2], 0) for at in (0, 1)).max() for sign in (1, -1)) <= 128
+        errors.append(float(np.linalg.norm(x @ (codes * scale - weight)) / np.linalg.norm(x @ weight)))
+    assert errors[1] < errors[0] / 1.5
+
+
+def test_compensation_is_plain_rounding_where_channels_are_independent() -> None:
+    weight = RNG.standard_normal((64, 8))
+    for bits in (7, 8):
+        for found, expected in zip(
+            compensated_codes(weight, np.eye(64), bits), weight_codes(weight, 1, 0, bits), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("case", ["even", "many", "narrow"])
