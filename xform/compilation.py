@@ -144,11 +144,7 @@ class Compiled:
 
     def note_choices(self) -> None:
         """Take what the backend has decided since the last time into the report, as remarks."""
-        for choice in self.artifact.choices:
-            verdict: Verdict = "applied" if choice.applied else "missed"
-            remark = Remark(self.backend.name, choice.rule, verdict, choice.nodes, choice.reason, choice.concept)
-            self.report.remarks.append(remark)
-        self.artifact.choices.clear()
+        self.report.remarks.extend(remarks_of(self.artifact))
 
     def close(self) -> None:
         """Release the runtime's memory and threads; the next use loads it again."""
@@ -270,6 +266,16 @@ def _lower(
     return chosen.graph, chosen.backend, artifact, told
 
 
+def remarks_of(artifact: Artifact) -> list[Remark]:
+    """What a backend has decided since the last time, as remarks."""
+    pending, artifact.choices = artifact.choices, []
+    remarks = []
+    for choice in pending:
+        verdict: Verdict = "applied" if choice.applied else "missed"
+        remarks.append(Remark(artifact.backend, choice.rule, verdict, choice.nodes, choice.reason, choice.concept))
+    return remarks
+
+
 def _refuse_failed(verification: Verification, what: str) -> None:
     if verification.state == "failed" and not verification.outputs:
         raise TargetError(
@@ -369,4 +375,4 @@ def _verification_report(verification: Verification, request: Request, verifier:
     )
 
 
-__all__ = ["Compiled", "Request", "compile_graph"]
+__all__ = ["Compiled", "Request", "compile_graph", "remarks_of"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from cli_support import save_mlp
@@ -210,6 +212,20 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main([*command, "--target", "cuda"]) == 7
         assert "not available for target cuda" in capsys.readouterr().err
         assert main([*command, "--target", "cuda", "--compile-only"]) == 0
+
+
+def test_explain_tells_which_kernels_a_gpu_gets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    model = parse(
+        "g (float[2,8] x, float[2,8] r, float[8] w) => (float[2,8] z) { s = Add(x, r) z = RMSNormalization(s, w) }",
+        {"w": floats(8)},
+    )
+    path = tmp_path / "m.onnx"
+    onnx_ir.save(model, path)
+    for target, remarks in (("cpu", []), ("cuda", [("torch_triton", "residual_norm", "applied")])):
+        assert main(["explain", str(path), "rms_norm", "--json", "--target", target, "--verify", "off"]) == 0
+        found = json.loads(capsys.readouterr().out)["remarks"]
+        assert [(r["pass_name"], r["rule"], r["verdict"]) for r in found] == remarks
 
 
 def test_operators_that_only_torch_has_are_verified_and_run() -> None:

@@ -28,6 +28,8 @@ from xform.errors import UsageError
 from xform.report.terminal import findings, findings_table
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from xform.rewrite.remarks import Remark
 
 
@@ -64,6 +66,8 @@ def explain(
             inputs=feeds,
             progress=advance,
         )
+    for remark in _of_backend(result.model, target):
+        result.remarks.add(remark)
     remarks = list(result.remarks) if concept is None else result.remarks.about(concept)
     if concept is not None and not remarks and concept not in {*CONCEPTS, *PASSES}:
         known = {*CONCEPTS, *PASSES, *(r.concept for r in result.remarks), *(r.rule for r in result.remarks)} - {""}
@@ -80,6 +84,19 @@ def explain(
     if concept in CONCEPTS:
         session.say(f"{counts.get(concept, 0)} {concept} in the result", style="bold")
     show_remarks(session, remarks)
+
+
+def _of_backend(graph: ir.Model, target: str) -> list[Remark]:
+    """Which kernels a GPU would get, and where they nearly are; there need be no GPU."""
+    from xform.backends import LowerOptions, get_backend
+    from xform.compilation import remarks_of
+    from xform.target import Target
+
+    parsed = Target.parse(target)
+    if parsed.kind != "cuda":
+        return []
+    options = LowerOptions(compile_only=True)
+    return remarks_of(get_backend(None, parsed, compile_only=True).lower(graph, parsed, options))
 
 
 def show_remarks(session: Session, remarks: list[Remark]) -> None:

@@ -91,8 +91,8 @@ def same_shape(a: Any, b: Any) -> bool:
 
 def origins(*nodes: Any) -> tuple[str, ...]:
     """Original names of what these nodes compute, each once."""
-    names = (str(node.meta.get("onnx_node", node.name)) for node in nodes if isinstance(node, Node))
-    return tuple(dict.fromkeys(names))
+    names = (str(node.meta.get("onnx_node", node.name)).split(", ") for node in nodes if isinstance(node, Node))
+    return tuple(dict.fromkeys(name for several in names for name in several))
 
 
 def call(module: GraphModule, op: Any, arguments: tuple[Any, ...], finding: Finding) -> Node:
