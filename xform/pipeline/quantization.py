@@ -5,9 +5,11 @@ Runtimes differ in what they run fast. ONNX Runtime has products that find the r
 instructions, products with calibrated ranges (`quantize_static`, "static"). So each backend gets the form that suits
 it, from the same calibration batches and under the same bound, and where several compete, the clock decides.
 
-Where the bound does not hold with everything in int8, outliers of what norms give are moved into the weights that read
-them: by SmoothQuant with either of two strengths, or by RepQuant's layer-wise scales. What lowers the error most stays,
-if it lowers it by a tenth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
+Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
+them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
+then by factors per channel of their own (`xform.pipeline.channel_factors`); or outlier channels of products stay in
+float. What lowers the error most stays, if it lowers it by a tenth; then the search for what has to stay in float
+begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from xform.graph.clone import clone
-from xform.passes.integer import QuantizeProducts, Quantizer, QuantizeStatic
+from xform.passes.integer import QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import LayerWiseScales, MigrateScales
-from xform.pipeline.calibration import activation_ranges, norm_ranges
+from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
+from xform.pipeline.channel_factors import channel_factors
 from xform.pipeline.oracle import Inputs
 from xform.pipeline.sensitivity import Progress, Trial, search
 from xform.rewrite.passes import Pass, PassContext
@@ -68,7 +71,7 @@ class Quantization:
         self._plain = Trial(self.exact, batches)
         self._forms: dict[str, Form] = {}
         asked = self._passes[self._place]
-        self._ranges_given = isinstance(asked, QuantizeStatic) and bool(asked.ranges)  # of this graph, unchanged
+        self._ranges_given = isinstance(asked, Quantizer) and bool(asked.ranges)  # of this graph, unchanged
 
     def form_for(self, backend: str) -> Form:
         """The form that suits a backend.
@@ -84,18 +87,15 @@ class Quantization:
         return self._forms[name]
 
     def _find(self, name: str) -> Form:
-        trial, candidate = self._plain, self._candidate(name, self._plain.model)
-        before = trial.error(candidate)
-        moved: Pass | None = None
-        remarks = []
-        if before > candidate.max_error and not self._ranges_given:
-            moved, trial, candidate, remark = self._migrated(name, candidate, before)
-            remarks.append(remark)
-        found = search(trial, candidate, self._progress)
+        candidate = self._candidate(name, self._plain.model)
+        tried = _Tried((), self._plain, candidate, self._plain.error(candidate))
+        remarks: list[Remark] = []
+        if tried.error > candidate.max_error and not self._ranges_given:
+            tried = self._migrated(name, tried, remarks)
+        found = search(tried.trial, tried.candidate, self._progress)
         told = f"{name}: {found.describe()}"
         remarks.append(Remark(candidate.name, "sensitivity", "applied", found.chosen.keep, told, "int8"))
-        inside = () if moved is None else (moved,)
-        passes = (*self._passes[: self._place], *inside, found.chosen, *self._passes[self._place + 1 :])
+        passes = (*self._passes[: self._place], *tried.moved, found.chosen, *self._passes[self._place + 1 :])
         return Form(name, passes, tuple(remarks))
 
     def _candidate(self, name: str, model: ir.Model) -> Quantizer:
@@ -108,27 +108,61 @@ class Quantization:
             asked = QuantizeStatic(keep=asked.keep, weight_bits=asked.weight_bits, max_error=asked.max_error)
         return asked if asked.ranges else replace(asked, ranges=activation_ranges(model, self._batches))
 
-    def _migrated(self, name: str, plain: Quantizer, before: float) -> tuple[Pass | None, Trial, Quantizer, Remark]:
-        """The migration that lowers the error most, or none; the graph after it, and the pass for that graph."""
+    def _migrated(self, name: str, plain: _Tried, remarks: list[Remark]) -> _Tried:
+        """What lowers the error most, or nothing: first by norms, which is free, then by operators of its own."""
         ranges = norm_ranges(self.exact, self._batches)
-        tried: list[tuple[float, str, Pass | None, Trial, Quantizer]] = [(before, "none", None, self._plain, plain)]
+        best, errors = plain, [f"as it is {plain.error:.3g}"]
+
+        def try_(label: str, start: _Tried, found: _Tried | None) -> None:
+            nonlocal best
+            if found is None:
+                return
+            errors.append(f"{label} {found.error:.3g}")
+            if found.error <= _WORTH * start.error and found.error < best.error:
+                best = found
+
         for label, one in (
-            ("SmoothQuant, alpha 0.5", MigrateScales(ranges, 0.5)),
-            ("SmoothQuant, alpha 0.75", MigrateScales(ranges, 0.75)),
+            ("SmoothQuant with alpha 0.5", MigrateScales(ranges, 0.5)),
+            ("SmoothQuant with alpha 0.75", MigrateScales(ranges, 0.75)),
             ("RepQuant", LayerWiseScales(ranges)),
         ):
-            moved = clone(self.exact)
-            if not one.run(moved, PassContext()):
-                continue
-            candidate = self._candidate(name, moved)
-            trial = Trial(moved, self._batches, self._plain.expected)
-            tried.append((trial.error(candidate), label, one, trial, candidate))
-        best = min(tried, key=lambda entry: entry[0])
-        chosen = best if best[0] <= _WORTH * before else tried[0]
-        errors = ", ".join(f"{label} {error:.3g}" for error, label, *_ in tried)
-        verdict = f"{chosen[1]} before int8 ({name}); relative error with everything in int8: {errors}"
-        remark = Remark("quantization", "migration", "missed" if chosen[2] is None else "applied", (), verdict, "int8")
-        return chosen[2], chosen[3], chosen[4], remark
+            try_(label, plain, self._after(name, plain, one))
+        start = best
+        if start.error > start.candidate.max_error:
+            factors = channel_factors(start.trial.model, self._batches, start.candidate.weight_bits)
+            try_(f"factors for {len(factors)} activations", start, self._after(name, start, ScaleChannels(factors)))
+        scaled = best
+        if scaled.error > scaled.candidate.max_error and isinstance(scaled.candidate, QuantizeProducts):
+            apart = replace(scaled.candidate, ranges=channel_ranges(start.trial.model, self._batches))
+            found = _Tried(start.moved, start.trial, apart, start.trial.error(apart))
+            try_("outlier channels in float", scaled, found)
+        told = [one.name for one in best.moved]
+        if isinstance(best.candidate, QuantizeProducts) and best.candidate.ranges:
+            told.append("outlier channels in float")
+        reason = (
+            f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
+        )
+        remarks.append(Remark("quantization", "migration", "applied" if told else "missed", (), reason, "int8"))
+        return best
+
+    def _after(self, name: str, start: _Tried, one: Pass) -> _Tried | None:
+        """`start` with one more pass; None where that does nothing."""
+        model = clone(start.trial.model)
+        if not one.run(model, PassContext()):
+            return None
+        candidate = self._candidate(name, model)
+        trial = Trial(model, self._batches, self._plain.expected)
+        return _Tried((*start.moved, one), trial, candidate, trial.error(candidate))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A graph, what was moved in it, the pass that quantizes it, and the error with everything in int8."""
+
+    moved: tuple[Pass, ...]
+    trial: Trial
+    candidate: Quantizer
+    error: float
 
 
 __all__ = ["Form", "Quantization"]

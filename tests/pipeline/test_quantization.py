@@ -1,0 +1,141 @@
+"""Which form of int8 a backend gets, and what is moved into weights before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from support import declared, parse
+
+import xform
+from xform.passes.integer import QuantizeProducts, QuantizeStatic, ScaleChannels
+from xform.passes.normalize import LayerWiseScales, MigrateScales
+from xform.pipeline.manager import run_pipeline
+from xform.pipeline.presets import INT8
+from xform.pipeline.quantization import Quantization
+
+RNG = np.random.default_rng(0)
+CONVS = {
+    "stem": (RNG.standard_normal((16, 3, 3, 3)) / 4).astype(np.float32),
+    "depthwise": (RNG.standard_normal((16, 1, 3, 3)) / 2).astype(np.float32),
+    "point": (RNG.standard_normal((64, 16, 1, 1)) / 4).astype(np.float32),
+    "last": (RNG.standard_normal((16, 64, 1, 1)) / 8).astype(np.float32),
+    "bias": RNG.standard_normal(64).astype(np.float32),
+}
+NET = """g (float[1,3,32,32] x) => (float[1,16,32,32] y) {
+    a = Conv<pads=[1,1,1,1]>(x, stem) r = Relu(a)
+    d = Conv<pads=[1,1,1,1], group=16>(r, depthwise) s = HardSwish(d)
+    p = Conv(s, point, bias) t = Gelu(p) q = Conv(t, last) y = Add(q, d) }"""
+
+
+def images(count: int = 3) -> list[dict[str, Any]]:
+    return [{"x": np.random.default_rng(i).standard_normal((1, 3, 32, 32)).astype(np.float32)} for i in range(count)]
+
+
+def net() -> ir.Model:
+    """A block as mobile networks have it; its two pointwise convolutions pay, the others do not."""
+    return parse(declared(NET, CONVS), CONVS)
+
+
+def relative(a: Any, b: Any) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def quantization(model: ir.Model, batches: list[dict[str, Any]], quantizer: Any) -> Quantization:
+    return Quantization([quantizer], lambda passes: run_pipeline(model, passes, verify="off").model, batches)
+
+
+def test_each_backend_gets_its_form_with_what_was_asked_for() -> None:
+    asked = QuantizeProducts(keep=("none",), weight_bits=8, max_error=0.5)
+    found = quantization(net(), images(), asked)
+    dynamic, static = found.form_for("onnxruntime"), found.form_for("openvino")
+    assert (dynamic.name, static.name) == ("dynamic", "static")
+    assert dynamic.passes == (asked,)
+    (one,) = static.passes
+    assert isinstance(one, QuantizeStatic) and one.ranges
+    assert (one.keep, one.weight_bits, one.max_error) == (("none",), 8, 0.5)
+    assert "static: 2 convolutions in int8" in static.remarks[-1].reason
+    assert found.form_for("openvino") is static  # not searched for again
+
+
+def test_a_static_pass_that_is_asked_for_by_name_is_calibrated_for_any_backend() -> None:
+    names = [name if name != "quantize_products" else "quantize_static" for name in INT8]
+    result = xform.optimize(net(), passes=names, calibration=images(), backend="onnxruntime")
+    assert result.artifact.metadata["operators"]["QuantizeLinear"] == 2
+    x = images(9)[8]
+    assert 0 < relative(result(x)["y"], xform.optimize(net())(x)["y"]) < 0.05
+
+
+def test_openvino_runs_the_static_form_within_the_bound() -> None:
+    pytest.importorskip("openvino")
+    result = xform.optimize(net(), preset="int8", calibration=images(), backend="openvino")
+    operators = result.artifact.metadata["operators"]
+    assert operators["QuantizeLinear"] == 2 and operators["Conv"] == 4
+    x = images(9)[8]
+    assert 0 < relative(result(x)["y"], xform.optimize(net())(x)["y"]) < 0.04
+    assert "groups of 1 input channels do not pay" in result.explain("int8")
+    kernels = compiled_kernels(result)
+    assert sum("i8" in kernel.lower() for kernel in kernels) == 2, kernels
+
+
+def compiled_kernels(result: Any) -> list[str]:
+    """Names of the kernels that OpenVINO chose for the convolutions."""
+    from xform.backends.openvino.compile import compile_model
+
+    compiled = compile_model(result.artifact.model, {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    return [info["primitiveType"].astype(str) for info in nodes if info["layerType"].astype(str) == "Convolution"]
+
+
+def test_the_measured_choice_reports_the_form_that_won(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    pytest.importorskip("openvino")
+    from xform.pipeline import tune
+    from xform.report.latency import Timing
+
+    def clock(subjects: Any, feeds: Any, **options: Any) -> list[Timing]:
+        fast = {"openvino": 1.0, "onnxruntime": 2.0}
+        return [Timing(s.model, (fast[s.backend],) * 3, 3, 1.0) for s in subjects]
+
+    monkeypatch.setenv("XFORM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "measure", clock)
+    result = xform.optimize(net(), preset="int8", calibration=images(), tune="quick")
+    assert result.report.backend == "openvino"
+    assert set(result.report.artifact["tuning"]["milliseconds"]) == {
+        "onnxruntime", "openvino", "onnxruntime, float", "openvino, float", "input",
+    }  # fmt: skip
+    assert "static: 2 convolutions" in result.explain("int8") and "dynamic" not in result.explain("int8")
+    assert result.report.verification.passed
+
+
+WIDTH = 96
+OUTLIERS = np.where(np.arange(WIDTH) % 48 == 5, 80.0, 1.0).astype(np.float32)
+
+
+def normed(residual: bool) -> tuple[ir.Model, list[dict[str, Any]]]:
+    """A norm with two channels that stand out, and a product that reads it; the sum reads the norm too, or does not."""
+    weight = (RNG.standard_normal((WIDTH, WIDTH)) / 10 / OUTLIERS[:, None]).astype(np.float32)
+    constants = {"w": weight, "g": OUTLIERS, "c": np.zeros(WIDTH, np.float32), "h": (1 / OUTLIERS).astype(np.float32)}
+    after = "k = Mul(n, h) y = Add(m, k)" if residual else "y = Tanh(m)"
+    text = f"""g (float[4,8,{WIDTH}] x) => (float[4,8,{WIDTH}] y) {{
+        n = LayerNormalization(x, g, c) m = MatMul(n, w) {after} }}"""
+    model = parse(declared(text, constants), constants)
+    return model, [{"x": RNG.standard_normal((4, 8, WIDTH)).astype(np.float32)} for _ in range(2)]
+
+
+@pytest.mark.parametrize(("residual", "kind"), [(False, MigrateScales | LayerWiseScales), (True, ScaleChannels)])
+def test_outliers_move_into_weights_by_the_norm_where_it_can_else_by_factors(residual: bool, kind: Any) -> None:
+    model, batches = normed(residual)
+    found = quantization(model, batches, QuantizeProducts(max_error=0.02)).form_for("onnxruntime")
+    moved, quantizer = found.passes
+    assert isinstance(moved, kind)
+    assert isinstance(quantizer, QuantizeProducts) and quantizer.keep == ()
+    told = found.remarks[0]
+    assert told.verdict == "applied" and "as it is" in told.reason
+
+
+def test_nothing_is_moved_where_the_bound_holds() -> None:
+    model, batches = normed(True)
+    found = quantization(model, batches, QuantizeProducts(max_error=1.0)).form_for("onnxruntime")
+    assert len(found.passes) == 1 and len(found.remarks) == 1
