@@ -10,6 +10,8 @@ Rules (a view is a Reshape, Flatten, Squeeze or Unsqueeze: it keeps the elements
    stands for.
 6. `squeeze_twice`, `unsqueeze_twice`: the axes of both in one operator.
 7. `view_of_reshape`: Squeeze or Unsqueeze of Reshape(x, t) = Reshape(x, t'), for constant t without 0.
+8. `transpose_between_views`: Reshape(Transpose(view(x))) = Transpose(Reshape(x)), where the outer view only divides
+   axes of the Transpose, so that it can be done before: what flattening a batch of matrices around a Transpose leaves.
 
 A view below that other nodes read stays for them.
 """
@@ -18,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Dim, attribute, is_op, shape_of
+from xform.graph.values import Dim, attribute, is_op, shape_of, used_once
 from xform.passes.cleanup.local import NodeRule, axes_of, bypass_allowed, given, integers, known_rank
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match
@@ -269,6 +272,75 @@ class ViewOfReshape(NodeRule):
         return build.op("Reshape", match.data["source"], target)
 
 
+class TransposeBetweenViews(NodeRule):
+    """Rule 8."""
+
+    name = "transpose_between_views"
+    op_types = ("Reshape",)
+    levels = 3
+
+    def check(self, match: Match, context: PassContext) -> Failure | None:
+        node = match.node("node")
+        swap = _producer(node.inputs[0], "Transpose")
+        view = _producer(swap.inputs[0], *VIEWS) if swap is not None else None
+        perm = permutation(swap) if swap is not None else None
+        if (
+            swap is None
+            or view is None
+            or perm is None
+            or not (used_once(swap.outputs[0]) and swap.graph is node.graph)
+        ):
+            return QUIET
+        groups = _divided(shape_of(swap.outputs[0]), shape_of(node.outputs[0]))
+        if groups is None:
+            return QUIET
+        parts: dict[int, list[Dim]] = dict(zip(perm, groups, strict=True))
+        before = [parts[axis] for axis in range(len(perm))]
+        target = [dim for group in before for dim in group]
+        if sum(not isinstance(dim, int) for dim in target) > 1:
+            return QUIET
+        starts = [sum(map(len, before[:axis])) for axis in range(len(perm))]
+        match.data.update(
+            source=view.outputs[0],
+            target=[dim if isinstance(dim, int) else -1 for dim in target],
+            perm=[starts[axis] + i for axis in perm for i in range(len(parts[axis]))],
+        )
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        target = build.constant(np.array(match.data["target"], dtype=np.int64), "shape")
+        return build.op("Transpose", build.op("Reshape", match.data["source"], target), perm=match.data["perm"])
+
+
+def _divided(shape: Sequence[Dim] | None, parts: Sequence[Dim] | None) -> list[list[Dim]] | None:
+    """`parts` in consecutive groups whose products are the dims of `shape`, or None; a symbol divides into itself."""
+    if shape is None or parts is None or not shape or 0 in shape:
+        return None
+    groups: list[list[Dim]] = []
+    rest = list(parts)
+    for dim in shape:
+        group: list[Dim] = []
+        while rest and not _makes(group, dim):
+            group.append(rest.pop(0))
+        if dim is None or not _makes(group, dim):
+            return None
+        groups.append(group)
+    if any(dim != 1 for dim in rest):
+        return None
+    groups[-1].extend(rest)
+    return groups
+
+
+def _makes(group: Sequence[Dim], dim: Dim) -> bool:
+    """Whether the product of `group`, which is not empty, is `dim`."""
+    if not group:
+        return False
+    if isinstance(dim, int):
+        numbers = [part for part in group if isinstance(part, int)]
+        return len(numbers) == len(group) and prod(numbers) == dim
+    return [part for part in group if part != 1] == [dim]
+
+
 @dataclass(frozen=True)
 class SimplifyLayout(RewritePass):
     """Simplification of chains of views and transposes."""
@@ -284,4 +356,5 @@ class SimplifyLayout(RewritePass):
             SqueezeTwice(),
             UnsqueezeTwice(),
             ViewOfReshape(),
+            TransposeBetweenViews(),
         )

@@ -38,6 +38,7 @@ EXACT: tuple[str, ...] = (
     "pack_products",
     # what the above left behind
     "simplify_layout",
+    "raise_attention",  # heads repeated for groups, which views around a transpose had hidden
     "fold_shape_arithmetic",
     "eliminate_no_ops",
     "deduplicate_initializers",
