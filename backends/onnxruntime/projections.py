@@ -17,7 +17,7 @@ import onnx_ir as ir
 from xform.graph.values import Array, attribute, constant, is_op, shape_of
 
 _LAYOUT = ("Transpose", "Reshape", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity")
-_MAX_INDICES = 1 << 22  # elements of the index array; larger batches are cut to one
+_MAX_INDICES = 1 << 24  # elements of the index array, 4 bytes each; 8 images in Swin windows are 1 << 23
 _STAND_INS = (2, 5, 7, 11)  # numbers for symbolic dims
 
 
@@ -56,7 +56,7 @@ def read_projection(value: ir.Value) -> Projection | None:
     if sizes is None:
         return None
     rows, columns = int(np.prod(sizes[0][:-1])), sizes[0][-1]
-    indices: Array | None = np.arange(rows * columns).reshape(sizes[0])
+    indices: Array | None = np.arange(rows * columns, dtype=np.int32).reshape(sizes[0])
     for layout, output in chain:
         indices = None if indices is None else _apply(layout, output, indices)
     if indices is None or indices.shape != sizes[1]:
