@@ -38,7 +38,7 @@ saturate (`passes.integer.weight_codes`); an artifact made with 8 is meant for m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -60,6 +60,8 @@ _FEW_OF = 32  # one channel in so many may be an outlier
 _TINY = 1e-30  # instead of the magnitude of a row of zeros, by which it is divided
 _FLAT = 1.25  # times the peak of the channel at that rank: what is above it is an outlier
 
+Codes = tuple[Array, Array]  # int8 [K, N], and float32 scales [N]
+
 
 class QuantizeProduct(Rule):
     """One product."""
@@ -74,6 +76,7 @@ class QuantizeProduct(Rule):
         self._per_row = options.per_row
         self._smallest = options.smallest
         self._ranges = ranges
+        self._codes = options.codes
 
     def check(self, match: Match, context: PassContext) -> Failure | None:
         x, weight = match["x"], constant_tensor(match["w"])
@@ -105,24 +108,24 @@ class QuantizeProduct(Rule):
         apart = outliers(span) if span is not None and len(span.low) == len(weight) else np.zeros(0, np.int64)
         multiply = self._rows if self._per_row else self._integer
         if not len(apart):
-            return multiply(x, weight, name, build)
+            return multiply(x, self._codes.get(name) or weight_codes(weight, 1, 0, self._bits), name, build)
         kept = np.ones(len(weight), np.float32)
         kept[apart] = 0
         rest = build.op("Mul", x, build.constant(kept, f"{x.name}_inliers"))
-        result = multiply(rest, weight * kept[:, None], name, build)
+        result = multiply(rest, weight_codes(weight * kept[:, None], 1, 0, self._bits), name, build)
         large = build.op("Gather", x, build.constant(apart, f"{x.name}_outliers"), axis=-1)
         return build.op("Add", result, build.op("MatMul", large, build.constant(weight[apart], f"{name}_outliers")))
 
-    def _rows(self, x: ir.Value, weight: Array, name: str, build: Builder) -> ir.Value:
+    def _rows(self, x: ir.Value, weight: Codes, name: str, build: Builder) -> ir.Value:
         """The product with one scale per row of `x`."""
         last = build.constant(np.array([-1], np.int64), "last_axis")
         peak = build.op("ReduceMax", build.op("Abs", x), last, keepdims=1)
         peak = build.op("Max", peak, build.constant(np.asarray(_TINY, np.float32), "tiny"))
         return build.op("Mul", self._integer(build.op("Div", x, peak), weight, name, build), peak)
 
-    def _integer(self, x: ir.Value, weight: Array, name: str, build: Builder) -> ir.Value:
+    def _integer(self, x: ir.Value, weight: Codes, name: str, build: Builder) -> ir.Value:
         """The product of one scale, in the spelling that ONNX Runtime fuses."""
-        codes, scale = weight_codes(weight, 1, 0, self._bits)
+        codes, scale = weight
         rows, row_scale, zero = build.ops("DynamicQuantizeLinear", [x], 3)
         sums = build.op("MatMulInteger", rows, build.constant(codes, f"{name}_int8"), zero)
         factor = build.op("Mul", row_scale, build.constant(scale, f"{name}_scale"))
@@ -155,6 +158,7 @@ class QuantizeProducts(RewritePass):
             file that holds them; without them no channel stays in float.
         per_row: Whether each row of an input gets a scale of its own; a tenth slower, and a fourth of the error where
             tokens differ much (MiniLM-L6, 2026-11-22).
+        codes: Weights in int8 by name (`xform.pipeline.rounding.compensated_weights`); others are rounded here.
         weight_bits: 8, 7, or 0 for 8 without saturation on this machine.
         smallest: Number of weights from which on a product pays.
         max_error: Relative error of the outputs that the search for `keep` allows; a cosine of 0.999 is about 0.045.
@@ -165,6 +169,7 @@ class QuantizeProducts(RewritePass):
 
     ranges: str | Ranges = field(default="", hash=False)
     per_row: bool = False
+    codes: Mapping[str, Codes] = field(default_factory=dict, hash=False, repr=False)
     keep: tuple[str, ...] = ()
     weight_bits: int = 0
     smallest: int = 1 << 13
