@@ -40,23 +40,25 @@ def weight_codes(weight: Array, output_axis: int, input_axis: int, bits: int) ->
         bits: 8 or 7; or 0 for 8 with no two neighbouring input channels summing to more than 128.
     """
     limit = 2 ** ((bits or 8) - 1) - 1
-    wide = np.moveaxis(weight.astype(np.float64), (output_axis, input_axis), (0, 1))
-    flat = np.ascontiguousarray(wide).reshape(*wide.shape[:2], -1)
-    needed = np.abs(flat).max(axis=(1, 2), initial=0.0) / limit
+    wide = np.ascontiguousarray(np.moveaxis(weight, (output_axis, input_axis), (0, 1)), np.float32)
+    flat = wide.reshape(*wide.shape[:2], -1)
+    needed = np.maximum(flat.max(axis=(1, 2), initial=0.0), -flat.min(axis=(1, 2), initial=0.0)) / limit
     if bits == 0:
         # one less than 128, since rounding adds up to a half twice
         needed = np.maximum(needed, _pair_peaks(flat) / (_PAIR - 1))
-    scale = np.where(needed > 0, needed, 1.0)
-    codes = np.clip(np.rint(wide / scale.reshape(-1, *[1] * (wide.ndim - 1))), -limit, limit).astype(np.int8)
-    return np.ascontiguousarray(np.moveaxis(codes, (0, 1), (output_axis, input_axis))), scale.astype(np.float32)
+    scale = np.where(needed > 0, needed, 1.0).astype(np.float32)
+    codes = wide / scale.reshape(-1, *[1] * (wide.ndim - 1))
+    codes = np.clip(np.rint(codes, out=codes), -limit, limit, out=codes).astype(np.int8)
+    return np.ascontiguousarray(np.moveaxis(codes, (0, 1), (output_axis, input_axis))), scale
 
 
 def _pair_peaks(flat: Array) -> Array:
     """Largest sum in magnitude of two neighbours along axis 1 of [M, C, taps] that can be added with one sign, [M]."""
-    padded = np.pad(flat, ((0, 0), (0, flat.shape[1] % 2), (0, 0)))
-    even, odd = padded[:, 0::2], padded[:, 1::2]
-    sums = [np.maximum(sign * even, 0) + np.maximum(sign * odd, 0) for sign in (1, -1)]
-    peaks: Array = np.maximum(*sums).max(axis=(1, 2), initial=0.0)
+    paired = flat.shape[1] // 2 * 2
+    even, odd = flat[:, 0:paired:2], flat[:, 1:paired:2]
+    # of two with unlike signs the larger one counts, which is a peak of its own
+    sums = np.where((even > 0) == (odd > 0), even + odd, 0)
+    peaks: Array = np.maximum(np.abs(flat).max(axis=(1, 2), initial=0.0), np.abs(sums).max(axis=(1, 2), initial=0.0))
     return peaks
 
 
