@@ -7,15 +7,17 @@ it, from the same calibration batches and under the same bound, and where severa
 
 Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
 them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
-then by factors per channel of their own (`xform.pipeline.channel_factors`); or outlier channels of products stay in
-float. What lowers the error most stays, if it lowers it by a tenth; then the search for what has to stay in float
-begins (`xform.pipeline.sensitivity`).
+then by factors per channel of their own (`xform.pipeline.channel_factors`). Products get scales per row, their outlier
+channels stay in float, and their weights are rounded with compensation (`xform.pipeline.rounding`). Each is tried only
+while the bound does not hold, and stays if it lowers the error by a tenth; then the search for what has to stay in
+float begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -25,6 +27,7 @@ from xform.passes.normalize import LayerWiseScales, MigrateScales
 from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
 from xform.pipeline.channel_factors import channel_factors
 from xform.pipeline.oracle import Inputs
+from xform.pipeline.rounding import compensated_weights
 from xform.pipeline.sensitivity import Progress, Trial, search
 from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import Remark
@@ -131,19 +134,31 @@ class Quantization:
         if start.error > start.candidate.max_error:
             factors = channel_factors(start.trial.model, self._batches, start.candidate.weight_bits)
             try_(f"factors for {len(factors)} activations", start, self._after(name, start, ScaleChannels(factors)))
-        scaled = best
-        if scaled.error > scaled.candidate.max_error and isinstance(scaled.candidate, QuantizeProducts):
-            apart = replace(scaled.candidate, ranges=channel_ranges(start.trial.model, self._batches))
-            found = _Tried(start.moved, start.trial, apart, start.trial.error(apart))
-            try_("outlier channels in float", scaled, found)
         told = [one.name for one in best.moved]
-        if isinstance(best.candidate, QuantizeProducts) and best.candidate.ranges:
-            told.append("outlier channels in float")
+        for label, change in self._refinements(best):
+            if best.error > best.candidate.max_error:
+                refined = replace(best.candidate, **change(best))
+                found = _Tried(best.moved, best.trial, refined, best.trial.error(refined))
+                before = best
+                try_(label, before, found)
+                told += [label] if best is found else []
         reason = (
             f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
         )
         remarks.append(Remark("quantization", "migration", "applied" if told else "missed", (), reason, "int8"))
         return best
+
+    def _refinements(self, start: _Tried) -> list[tuple[str, Callable[[_Tried], dict[str, Any]]]]:
+        """Options of products that lower their error, from the cheapest at run time to the dearest to find."""
+        if not isinstance(start.candidate, QuantizeProducts):
+            return []
+        return [
+            ("scales per row", lambda _: {"per_row": True}),
+            ("outlier channels in float", lambda at: {"ranges": channel_ranges(at.trial.model, self._batches)}),
+            ("rounding with compensation", lambda at: {
+                "codes": compensated_weights(at.trial.model, self._batches, at.candidate.weight_bits)
+            }),
+        ]  # fmt: skip
 
     def _after(self, name: str, start: _Tried, one: Pass) -> _Tried | None:
         """`start` with one more pass; None where that does nothing."""
