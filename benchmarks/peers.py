@@ -1,7 +1,7 @@
 """xform on the CPU beside every runtime and optimizer that a user could pick instead.
 
     python benchmarks/peers.py --json [--only REGEX] [--contenders REGEX] [--batch 1,8] [--rounds 3] [--seconds 2]
-                                      [--work build/peers] [--without-evidence]
+                                      [--work build/peers] [--resume FILE] [--without-evidence]
 
 Contenders: xform (`exact`, `int8`); ONNX Runtime as exported, its transformer optimizer, onnxscript's optimize_for_ort,
 onnxslim; torch.compile with freezing; OpenVINO; and in int8 ONNX Runtime's dynamic quantization and OpenVINO with NNCF.
@@ -240,12 +240,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one contender in one round")
     parser.add_argument("--threads", type=int, default=0, help="default: one per physical core")
     parser.add_argument("--work", type=Path, default=Path("build/peers"), help="exports and results; reused")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="JSON lines: add cases, skip those it has")
     parser.add_argument("--without-evidence", action="store_true", help="only the table: no accuracy, no padding")
     options = parser.parse_args()
     from xform.backends.onnxruntime.session import physical_cores
 
     options.threads = options.threads or physical_cores()
     return options
+
+
+def recorded(file: Path | None, models: Any) -> dict[str, dict[str, Any]]:
+    """Results of earlier runs by label, in the order of the models."""
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    found = {entry.pop("case"): entry for entry in map(json.loads, lines)}
+    labels = [f"{m.name} x{batch}" for m in models.values() for batch in m.batches]
+    return {label: found[label] for label in labels if label in found}
 
 
 def main() -> int:
@@ -258,14 +267,19 @@ def main() -> int:
     wanted = [int(b) for b in options.batch.split(",") if b]
     cases = [(m.name, b) for m in MODELS.values() if re.search(options.only, m.name) for b in m.batches]
     cases = [case for case in cases if not wanted or case[1] in wanted]
-    results: dict[str, dict[str, Any]] = {}
+    results = recorded(options.resume, MODELS)
     for case in cases:
         label = f"{case[0]} x{case[1]}"
+        if label in results:
+            continue
         log(label)
         results[label] = measure_case(case, names, options)
+        if options.resume:
+            with options.resume.open("a") as file:
+                file.write(json.dumps({"case": label, **results[label]}) + "\n")
         log("  " + "  ".join(f"{n} {ms:.2f}" for n, ms in results[label]["ms"].items()))
     print_table(results, names)
-    answer = summary(results, {f"{name} x{batch}": MODELS[name].layers for name, batch in cases})
+    answer = summary(results, {label: MODELS[label.rsplit(" x", 1)[0]].layers for label in results})
     answer["machine"] = machine(options.threads)
     if not options.without_evidence:
         from peers_evidence import evidence

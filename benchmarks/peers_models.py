@@ -106,7 +106,7 @@ def _passages(batch: int, seed: int) -> Feeds:
 
 
 def _mixed(batch: int, seed: int) -> Feeds:
-    """Lengths from one sentence to several, 40 % of the longest on average."""
+    """Lengths from a few words to TOKENS, 40 % of it on average."""
     text = iter(sentences(2000, seed))
     words = [4 + int(70 * (i / (batch - 1)) ** 1.8) if batch > 1 else 74 for i in range(batch)]
     texts = []
@@ -115,7 +115,7 @@ def _mixed(batch: int, seed: int) -> Feeds:
         while len(collected) < count:
             collected += next(text).split()
         texts.append(" ".join(collected[:count]))
-    return tokenize(texts, padding=True)
+    return tokenize(texts, max_length=TOKENS, padding="max_length")  # one shape for every seed
 
 
 def bert_base() -> torch.nn.Module:
