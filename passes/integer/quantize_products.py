@@ -107,12 +107,13 @@ class QuantizeProduct(Rule):
         span = self._ranges.get(x.name or "")
         apart = outliers(span) if span is not None and len(span.low) == len(weight) else np.zeros(0, np.int64)
         multiply = self._rows if self._per_row else self._integer
+        codes = self._codes.get(name) or weight_codes(without_rows(weight, apart), 1, 0, self._bits)
         if not len(apart):
-            return multiply(x, self._codes.get(name) or weight_codes(weight, 1, 0, self._bits), name, build)
+            return multiply(x, codes, name, build)
         kept = np.ones(len(weight), np.float32)
         kept[apart] = 0
         rest = build.op("Mul", x, build.constant(kept, f"{x.name}_inliers"))
-        result = multiply(rest, weight_codes(weight * kept[:, None], 1, 0, self._bits), name, build)
+        result = multiply(rest, codes, name, build)
         large = build.op("Gather", x, build.constant(apart, f"{x.name}_outliers"), axis=-1)
         return build.op("Add", result, build.op("MatMul", large, build.constant(weight[apart], f"{name}_outliers")))
 
@@ -148,6 +149,13 @@ def outliers(span: ChannelRange) -> Array:
     return found if pays else found[:0]
 
 
+def without_rows(weight: Array, rows: Array) -> Array:
+    """`weight` [K, N] with some rows zero."""
+    left = weight.copy()
+    left[rows] = 0
+    return left
+
+
 @dataclass(frozen=True)
 class QuantizeProducts(RewritePass):
     """Matrix products in int8.
@@ -173,7 +181,7 @@ class QuantizeProducts(RewritePass):
     keep: tuple[str, ...] = ()
     weight_bits: int = 0
     smallest: int = 1 << 13
-    max_error: float = 0.04
+    max_error: float = 0.025
 
     def rules(self) -> Sequence[Rule]:
         if self.weight_bits not in (0, 7, 8):

@@ -206,7 +206,7 @@ class QuantizeStatic(RewritePass):
     weight_bits: int = 0
     products: bool | None = None
     smallest: int = 1 << 19
-    max_error: float = 0.04
+    max_error: float = 0.025
 
     def rules(self) -> Sequence[Rule]:
         if self.weight_bits not in (0, 7, 8):

@@ -6,6 +6,7 @@ import numpy as np
 from support import apply, parse, run
 
 from xform.passes.integer import QuantizeProducts
+from xform.passes.normalize.ranges import ChannelRange
 from xform.pipeline.rounding import compensated_weights
 
 RNG = np.random.default_rng(0)
@@ -42,3 +43,18 @@ def test_weights_that_something_else_reads_too_are_left_out() -> None:
     graph = "g (float[n,64] x, float[64,64] a) => (float[n,64] y) { p = Relu(x) q = MatMul(p, a) y = Add(q, a) }"
     model = parse(graph, {"a": W["a"][:, :64]})
     assert compensated_weights(model, [rows(0)]) == {}
+
+
+def test_rows_of_outlier_channels_are_zero_and_nothing_is_made_up_for_them() -> None:
+    model = parse(GRAPH, W)
+    peaks = np.ones(64)
+    peaks[7] = 50.0
+    ranges = {"p": ChannelRange(0 * peaks, peaks)}
+    codes, scale = compensated_weights(model, [rows(0)], 8, ranges)["a"]
+    assert (codes[7] == 0).all() and codes[6].any()
+    without = {**W, "a": np.where(np.arange(64)[:, None] == 7, 0, W["a"]).astype(np.float32)}
+    feeds = rows(0)
+    feeds["x"][:, 7] = 0
+    alone, _ = compensated_weights(parse(GRAPH, without), [feeds], 8)["a"]
+    assert (np.abs(codes.astype(int) - alone) <= 1).all() and (codes == alone).mean() > 0.95
+    assert scale.shape == (96,)

@@ -1,7 +1,7 @@
 """Factors per channel that make an activation easier to quantize, chosen on calibration batches for each activation.
 
 Candidates for X with channel peaks p_j and weights with row peaks w_j, all divided by s_j:
-- SmoothQuant, s_j = p_j^a / w_j^(1 - a) for a = 0.5 and 0.75;
+- SmoothQuant, s_j = p_j^a / w_j^(1 - a) for a = 0.3, 0.5 and 0.75;
 - caps, s_j = max(1, p_j / (c median(p))) for c = 1.5 and 3: only the few channels that stand out are made smaller, and
   the weights of all others stay as they are. What follows an activation function needs that: SmoothQuant enlarges its
   many small channels together with their rare large values.
@@ -25,7 +25,7 @@ from xform.passes.normalize.ranges import ChannelRange
 from xform.pipeline.calibration import observe
 from xform.pipeline.oracle import Inputs
 
-_ALPHAS = (0.5, 0.75)
+_ALPHAS = (0.3, 0.5, 0.75)
 _CAPS = (1.5, 3.0)  # times the median peak
 _WORTH = 0.8
 _ROWS = 192  # of each activation
@@ -33,13 +33,16 @@ _COLUMNS = 512  # of the weights that read it
 _SMALLEST = 1 << 13  # weights: products below stay in float
 
 
-def channel_factors(model: ir.Model, batches: Sequence[Inputs], bits: int = 0) -> dict[str, Array]:
+def channel_factors(
+    model: ir.Model, batches: Sequence[Inputs], bits: int = 0, *, per_row: bool = False
+) -> dict[str, Array]:
     """Factors by activation, where they pay; float64 [K].
 
     Args:
         model: The graph before quantization.
         batches: Inputs by name.
         bits: Of the weights: 8, 7, or 0 for what the passes take on this machine.
+        per_row: Whether each row of an activation will have a scale of its own; weaker factors do then.
 
     Raises:
         CouldNotRunError: The graph does not run on these inputs.
@@ -57,7 +60,7 @@ def channel_factors(model: ir.Model, batches: Sequence[Inputs], bits: int = 0) -
             samples[value].append(rows[:: max(1, len(rows) // each)][:each])
     found = {}
     for value, columns in weights.items():
-        factors = _best(np.concatenate(samples[value]), columns, spans[value], bits)
+        factors = _best(np.concatenate(samples[value]), columns, spans[value], bits, per_row)
         if factors is not None:
             found[value.name or ""] = factors
     return found
@@ -78,14 +81,33 @@ def _weights(value: ir.Value) -> Array | None:
     return np.ascontiguousarray(together[:, :: max(1, together.shape[1] // _COLUMNS)])
 
 
-def _best(rows: Array, weight: Array, span: ChannelRange, bits: int) -> Array | None:
+def _best(rows: Array, weight: Array, span: ChannelRange, bits: int, per_row: bool) -> Array | None:
     if not (np.isfinite(span.low).all() and np.isfinite(span.high).all()):
         return None
     exact = rows @ weight
-    plain = _error(rows, weight, exact, span, np.ones(len(weight)), bits)
-    tried = [(_error(rows, weight, exact, span, s, bits), s) for s in _candidates(span, weight)]
-    error, factors = min(tried, key=lambda entry: entry[0])
-    return factors if error <= _WORTH * plain else None
+
+    def error(s: Array) -> float:
+        """Of the quantized product with channels divided by s, Euclidean."""
+        factors = s.astype(np.float32)
+        scaled, low, high, size = rows / factors, span.low / s, span.high / s, np.ones((1, 1), np.float32)
+        if per_row:
+            size = np.maximum(np.abs(scaled).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            scaled = scaled / size
+            low, high = scaled.min(axis=0), scaled.max(axis=0)
+        stored, columns = weight_codes(weight * factors[:, None], 1, 0, bits)
+        product = _rounded(scaled, ChannelRange(low, high)) @ (stored * columns) * size
+        return float(np.linalg.norm(product - exact))
+
+    plain = error(np.ones(len(weight)))
+    least, factors = min(((error(s), s) for s in _candidates(span, weight)), key=lambda entry: entry[0])
+    return factors if least <= _WORTH * plain else None
+
+
+def _rounded(x: Array, span: ChannelRange) -> Array:
+    """What uint8 codes of `x` mean."""
+    scale, zero = activation_codes(span)
+    result: Array = (np.clip(np.rint(x / scale) + np.float32(zero), 0, 255) - np.float32(zero)) * scale
+    return result
 
 
 def _candidates(span: ChannelRange, weight: Array) -> Iterator[Array]:
@@ -95,12 +117,3 @@ def _candidates(span: ChannelRange, weight: Array) -> Iterator[Array]:
     middle = float(np.median(peaks))
     for cap in _CAPS if middle > 0 else ():
         yield np.maximum(1.0, peaks / (cap * middle))
-
-
-def _error(rows: Array, weight: Array, exact: Array, span: ChannelRange, s: Array, bits: int) -> float:
-    """Of the quantized product with channels divided by s, Euclidean."""
-    scale, zero = activation_codes(ChannelRange(span.low / s, span.high / s))
-    factors = s.astype(np.float32)
-    codes = np.clip(np.rint(rows / factors / scale) + np.float32(zero), 0, 255) - np.float32(zero)
-    stored, columns = weight_codes(weight * factors[:, None], 1, 0, bits)
-    return float(np.linalg.norm((codes * scale) @ (stored * columns) - exact))

@@ -7,15 +7,15 @@ it, from the same calibration batches and under the same bound, and where severa
 
 Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
 them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
-then by factors per channel of their own (`xform.pipeline.channel_factors`). Products get scales per row, their outlier
-channels stay in float, and their weights are rounded with compensation (`xform.pipeline.rounding`). Each is tried only
-while the bound does not hold, and stays if it lowers the error by a tenth; then the search for what has to stay in
-float begins (`xform.pipeline.sensitivity`).
+then by factors per channel of their own (`xform.pipeline.channel_factors`), chosen for one scale per activation and,
+in products, for one per row. Outlier channels of products stay in float, and their weights are rounded with
+compensation (`xform.pipeline.rounding`). Each is tried only while the bound does not hold, and stays if it lowers the
+error by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ import onnx_ir as ir
 from xform.graph.clone import clone
 from xform.passes.integer import QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import LayerWiseScales, MigrateScales
+from xform.passes.normalize.ranges import Ranges, load_ranges
 from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
 from xform.pipeline.channel_factors import channel_factors
 from xform.pipeline.oracle import Inputs
@@ -33,7 +34,7 @@ from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import Remark
 
 _STATIC = frozenset({"openvino"})  # backends that run the static form fast
-_WORTH = 0.9  # of the error before: what a migration must reach, as it makes the graph no simpler
+_WORTH = 0.95  # of the error before: what a migration must reach, as it makes the graph no simpler
 
 Prepare = Callable[[Sequence[Pass]], ir.Model]  # runs passes on the captured graph
 
@@ -131,10 +132,16 @@ class Quantization:
         ):
             try_(label, plain, self._after(name, plain, one))
         start = best
-        if start.error > start.candidate.max_error:
-            factors = channel_factors(start.trial.model, self._batches, start.candidate.weight_bits)
-            try_(f"factors for {len(factors)} activations", start, self._after(name, start, ScaleChannels(factors)))
+        for scheme in self._schemes(start):
+            if best.error > best.candidate.max_error:
+                per_row = isinstance(scheme.candidate, QuantizeProducts) and scheme.candidate.per_row
+                factors = channel_factors(
+                    scheme.trial.model, self._batches, scheme.candidate.weight_bits, per_row=per_row
+                )
+                label = f"factors for {len(factors)} activations{' and scales per row' if per_row else ''}"
+                try_(label, start, self._after(name, scheme, ScaleChannels(factors)) if factors else scheme)
         told = [one.name for one in best.moved]
+        told += ["scales per row"] if isinstance(best.candidate, QuantizeProducts) and best.candidate.per_row else []
         for label, change in self._refinements(best):
             if best.error > best.candidate.max_error:
                 refined = replace(best.candidate, **change(best))
@@ -148,24 +155,37 @@ class Quantization:
         remarks.append(Remark("quantization", "migration", "applied" if told else "missed", (), reason, "int8"))
         return best
 
+    def _schemes(self, start: _Tried) -> Iterator[_Tried]:
+        """One scale for an activation, and for products one per row."""
+        yield start
+        if isinstance(start.candidate, QuantizeProducts) and not start.candidate.per_row:
+            candidate = replace(start.candidate, per_row=True)
+            yield _Tried(start.moved, start.trial, candidate, start.trial.error(candidate))
+
     def _refinements(self, start: _Tried) -> list[tuple[str, Callable[[_Tried], dict[str, Any]]]]:
         """Options of products that lower their error, from the cheapest at run time to the dearest to find."""
         if not isinstance(start.candidate, QuantizeProducts):
             return []
         return [
-            ("scales per row", lambda _: {"per_row": True}),
             ("outlier channels in float", lambda at: {"ranges": channel_ranges(at.trial.model, self._batches)}),
             ("rounding with compensation", lambda at: {
-                "codes": compensated_weights(at.trial.model, self._batches, at.candidate.weight_bits)
+                "codes": compensated_weights(
+                    at.trial.model, self._batches, at.candidate.weight_bits, self._ranges_of(at.candidate)
+                )
             }),
         ]  # fmt: skip
+
+    @staticmethod
+    def _ranges_of(candidate: Quantizer) -> Ranges:
+        return load_ranges(candidate.ranges) if candidate.ranges else {}
 
     def _after(self, name: str, start: _Tried, one: Pass) -> _Tried | None:
         """`start` with one more pass; None where that does nothing."""
         model = clone(start.trial.model)
         if not one.run(model, PassContext()):
             return None
-        candidate = self._candidate(name, model)
+        products = isinstance(start.candidate, QuantizeProducts)
+        candidate = start.candidate if products else self._candidate(name, model)  # which measures its ranges again
         trial = Trial(model, self._batches, self._plain.expected)
         return _Tried((*start.moved, one), trial, candidate, trial.error(candidate))
 

@@ -8,14 +8,18 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.values import Array, constant, constant_tensor, is_op
+from xform.passes.integer.quantize_products import outliers, without_rows
 from xform.passes.integer.weight_codes import compensated_codes, dot_product_instructions
+from xform.passes.normalize.ranges import Ranges
 from xform.pipeline.calibration import observe
 from xform.pipeline.oracle import Inputs
 
 _WIDEST = 4096  # input channels; time and memory grow with their square and cube
 
 
-def compensated_weights(model: ir.Model, batches: Sequence[Inputs], bits: int = 0) -> dict[str, tuple[Array, Array]]:
+def compensated_weights(
+    model: ir.Model, batches: Sequence[Inputs], bits: int = 0, ranges: Ranges | None = None
+) -> dict[str, tuple[Array, Array]]:
     """int8 codes [K, N] and float32 scales [N] by name of the weight, for products that `quantize_products` may take.
 
     A weight with several readers is rounded for all their rows together. About 2 s a product of 1536 x 384 on one core.
@@ -24,6 +28,7 @@ def compensated_weights(model: ir.Model, batches: Sequence[Inputs], bits: int = 
         model: The graph before quantization.
         batches: Inputs by name.
         bits: Of the weights: 8, 7, or 0 for 8 without saturation on this machine.
+        ranges: As `quantize_products` has them: rows of outlier channels, which stay in float, become zero.
 
     Raises:
         CouldNotRunError: The graph does not run on these inputs.
@@ -43,6 +48,9 @@ def compensated_weights(model: ir.Model, batches: Sequence[Inputs], bits: int = 
         array, count = constant(weight), sum(rows[value] for value in found)
         if array is not None and count and np.isfinite(array).all():
             gram = np.sum([grams[value] for value in found], axis=0) / count
+            spans = [span for value in found if (span := (ranges or {}).get(value.name or "")) is not None]
+            for apart in map(outliers, spans):
+                gram[apart], gram[:, apart], array = 0, 0, without_rows(array, apart)
             codes[weight.name or ""] = compensated_codes(array, gram, bits)
     return codes
 
