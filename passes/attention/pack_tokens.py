@@ -33,7 +33,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from xform.graph.values import constant, display_name, is_op, shape_of
+from xform.graph.values import attributes_of, constant, display_name, is_op, shape_of
 from xform.passes.attention.padding import (
     Padding,
     computed_from_mask_alone,
@@ -207,7 +207,7 @@ class _Rewrite:
                 flat = build.op("Reshape", value, [-1, int(str(shape[2]))])
                 self.rows[value] = build.op("Gather", flat, self.valid, axis=0)
             inputs.append(self.rows[value])
-        attributes = {name: attr.value for name, attr in node.attributes.items()}
+        attributes = attributes_of(node)
         if is_op(node, "LayerNormalization", "RMSNormalization"):
             attributes["axis"] = -1
         self.rows[node.outputs[0]] = build.op(node.op_type, *inputs, domain=node.domain, **attributes)

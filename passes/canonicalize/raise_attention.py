@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import attribute, display_name, rank_of, shape_of
+from xform.graph.values import attribute, attributes_of, display_name, rank_of, shape_of
 from xform.patterns.attention import Core, recognize
 from xform.patterns.attention_heads import cached, repeated_heads
 from xform.patterns.attention_layout import Layout, choose, dim
@@ -130,7 +130,7 @@ def _inputs(node: ir.Node) -> list[ir.Value | None]:
 
 def _attributes(node: ir.Node, **changed: Any) -> dict[str, Any]:
     """The node's attributes as plain values, with changes; None removes one."""
-    return {**{name: attr.value for name, attr in node.attributes.items()}, **changed}
+    return {**attributes_of(node), **changed}
 
 
 def _used(node: ir.Node) -> tuple[ir.Value, ...]:

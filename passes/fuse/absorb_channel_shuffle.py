@@ -20,12 +20,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, attribute, constant, is_constant, is_op, same_dim, shape_of, used_once
+from xform.graph.values import (
+    Array,
+    attribute,
+    attributes_of,
+    constant,
+    is_constant,
+    is_op,
+    same_dim,
+    shape_of,
+    used_once,
+)
 from xform.passes.cleanup.local import NodeRule, given
 from xform.patterns.elementwise import UNARY
 from xform.rewrite.builder import Builder
@@ -110,10 +120,10 @@ class IntoConvolution(NodeRule):
         shuffle: Shuffle = match.data["shuffle"]
         value = shuffle.source
         for inner in match.data["between"]:
-            value = build.op(inner.op_type, value, *_reordered(build, shuffle, inner), **_attributes(inner))
+            value = build.op(inner.op_type, value, *_reordered(build, shuffle, inner), **attributes_of(inner))
         node = match.node("node")
         weight = _undone(build, shuffle, node.inputs[1], 1)
-        return build.op("Conv", value, weight, *node.inputs[2:], **_attributes(node))
+        return build.op("Conv", value, weight, *node.inputs[2:], **attributes_of(node))
 
 
 def _channelwise(node: ir.Node) -> bool:
@@ -138,10 +148,6 @@ def _undone(build: Builder, shuffle: Shuffle, value: ir.Value | None, axis: int)
     array = constant(value)
     assert array is not None and value is not None
     return build.constant(shuffle.undo(array, axis), value.name or "weight")
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute(node, name) for name in node.attributes}
 
 
 @dataclass(frozen=True)

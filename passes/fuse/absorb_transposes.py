@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import attribute, constant, is_constant, is_op, rank_of, shape_of
+from xform.graph.values import attributes_of, constant, is_constant, is_op, rank_of, shape_of
 from xform.patterns.elementwise import BINARY
 from xform.patterns.matrix_layout import Region, is_product, is_swap, region_of
 from xform.rewrite.builder import Builder
@@ -121,7 +121,7 @@ class _Flip:
             left, right = node.inputs
             assert left is not None and right is not None
             return [self.build.op("MatMul", self._operand(right), self._operand(left))]
-        attributes = {name: attribute(node, name) for name in node.attributes}
+        attributes = attributes_of(node)
         rank = rank_of(node.outputs[0])
         assert rank is not None and node.inputs[0] is not None
         inputs: list[Any] = [self.of(node.inputs[0]), *node.inputs[1:]] if not is_op(node, "Concat", *BINARY) else []

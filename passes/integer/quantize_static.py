@@ -39,7 +39,17 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.errors import UsageError
-from xform.graph.values import ORIGIN, Array, attribute, constant, constant_tensor, display_name, is_op, shape_of
+from xform.graph.values import (
+    ORIGIN,
+    Array,
+    attribute,
+    attributes_of,
+    constant,
+    constant_tensor,
+    display_name,
+    is_op,
+    shape_of,
+)
 from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange, Ranges, load_ranges
 from xform.rewrite.builder import Builder
@@ -181,7 +191,7 @@ class QuantizeReaders(Rule):
         name = value.name or "weight"
         stored = build.constant(codes, f"{name}_int8")
         read = build.op("DequantizeLinear", stored, build.constant(scale, f"{name}_scale"), axis=output_axis)
-        attributes = {key: attr.value for key, attr in node.attributes.items()}
+        attributes = attributes_of(node)
         return build.op(node.op_type, x, read, *node.inputs[2:], **attributes)
 
 

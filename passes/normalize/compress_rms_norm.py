@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from xform.graph.channel_axis import results
 from xform.graph.streams import Stream, Writer
-from xform.graph.values import Array, attribute, constant, display_name, is_op, rank_of, shape_of
+from xform.graph.values import Array, attribute, attributes_of, constant, display_name, is_op, rank_of, shape_of
 from xform.passes.normalize.readers import LinearReader, linear_readers
 from xform.passes.normalize.stream_cache import StreamCache
 from xform.passes.normalize.writers import mapped_constant, read_writer
@@ -237,7 +237,7 @@ def _respelled(
     build: Builder, node: ir.Node, inputs: Sequence[ir.Value | None], axis: int, channels: int
 ) -> Sequence[ir.Value]:
     """A node over narrower operands; a shape that spells the width, at `axis` of the result, spells the new one."""
-    attributes = {name: attr.value for name, attr in node.attributes.items()}
+    attributes = attributes_of(node)
     given: list[ir.Value | Array | None] = list(inputs)
     if is_op(node, *_SPELLED):
         given[1] = _narrow_shape(build, node, axis, channels)

@@ -36,7 +36,7 @@ import onnx_ir as ir
 
 from xform.graph.norms import normalized_axis
 from xform.graph.streams import Stream, Writer
-from xform.graph.values import ORIGIN, attribute, constant, display_name, is_constant
+from xform.graph.values import ORIGIN, attribute, attributes_of, constant, display_name, is_constant
 from xform.passes.normalize.stream_cache import StreamCache
 from xform.passes.normalize.writers import mapped_constant, read_writer, recentred, unwritable
 from xform.rewrite.builder import Builder
@@ -187,7 +187,7 @@ def _rebuild(build: Builder, join: ir.Node, stream: Stream, inputs: dict[ir.Valu
         inputs.get(value, value) if value is not None and (join, index) in stream.edges else value
         for index, value in enumerate(join.inputs)
     ]
-    attributes = {name: attr.value for name, attr in join.attributes.items()}
+    attributes = attributes_of(join)
     return build.ops(join.op_type, given, len(join.outputs), domain=join.domain, **attributes)
 
 

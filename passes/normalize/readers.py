@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.channel_axis import VIEWS, results
-from xform.graph.values import Array, attribute, display_name, is_op, used_once
+from xform.graph.values import Array, attribute, attributes_of, display_name, is_op, used_once
 from xform.passes.reparameterize import linear_map
 from xform.passes.reparameterize.channel_path import affine_of
 from xform.passes.reparameterize.linear_map import OPERATORS, LinearMap, overflows
@@ -80,7 +80,7 @@ class LinearReader:
         for number, node in enumerate(self.path, 1):
             key = self.path[:number]
             if key not in made:
-                attributes = {name: attr.value for name, attr in node.attributes.items()}
+                attributes = attributes_of(node)
                 made[key] = build.op(node.op_type, value, *node.inputs[1:], **attributes)
             value = made[key]
         return self.linear.build(build, value, *self.linear.scale_input(a, c))

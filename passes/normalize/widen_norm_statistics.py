@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from xform.graph.bounds import UNKNOWN, Bounds, bounds
 from xform.graph.norms import NORMS
-from xform.graph.values import attribute, display_name, shape_of
+from xform.graph.values import attribute, attributes_of, display_name, shape_of
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
 from xform.rewrite.passes import PassContext, RewritePass
@@ -87,7 +87,7 @@ class Widen(Rule):
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
         node = match.node("norm")
-        attributes = {name: attr.value for name, attr in node.attributes.items()}
+        attributes = attributes_of(node)
         attributes["stash_type"] = int(ir.DataType.FLOAT)
         return build.op(node.op_type, *node.inputs, **attributes)
 

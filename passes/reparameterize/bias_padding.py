@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, attribute, constant, display_name, is_op, shape_of, used_once
+from xform.graph.values import Array, attribute, attributes_of, constant, display_name, is_op, shape_of, used_once
 from xform.passes.reparameterize import linear_map
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
@@ -72,7 +72,7 @@ class BiasPadding(Rule):
         if x is None:
             return QUIET
         plain = linear.build(build, x, linear.weight, None)
-        attributes = {name: attr.value for name, attr in pad.attributes.items()}
+        attributes = attributes_of(pad)
         padded = build.op("Pad", plain, *pad.inputs[1:], **attributes)
         shift = match.data["bias"].reshape(-1, *[1] * (linear.weight.ndim - 2))
         return build.op("Add", padded, build.constant(linear_map.narrowed(shift, linear.dtype), "border"))

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.dims import product_of_sizes
-from xform.graph.values import Array, attribute, constant, is_op, rank_of, shape_of
+from xform.graph.values import Array, attribute, attributes_of, constant, is_op, rank_of, shape_of
 from xform.passes.reparameterize.constant_expression import evaluate
 from xform.rewrite.builder import Builder
 
@@ -153,5 +153,5 @@ def affine_of(node: ir.Node, operand: ir.Value, axis: int, channels: int) -> Aff
 
 def rebuild(build: Builder, node: ir.Node, x: ir.Value) -> ir.Value:
     """A Transpose or view again, over another operand of the same shape."""
-    attributes = {name: attr.value for name, attr in node.attributes.items()}
+    attributes = attributes_of(node)
     return build.op(node.op_type, x, *node.inputs[1:], **attributes)

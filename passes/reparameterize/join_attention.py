@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xform.graph.values import Array, attribute, is_op, shape_of, used_once
+from xform.graph.values import Array, attribute, attributes_of, is_op, shape_of, used_once
 from xform.passes.reparameterize.join_branches import JoinBranches, joined_linear, linear_behind, stacked_linear
 from xform.passes.reparameterize.linear_map import LinearMap
 from xform.rewrite.builder import Builder
@@ -70,7 +70,7 @@ class JoinAttention(JoinBranches):
             return "parallel attention branches share key heads among different numbers of query heads"
         if list(first.node.inputs[3:]) != list(second.node.inputs[3:]):
             return "parallel attention branches have different masks"
-        if _settings(first.node) != _settings(second.node):
+        if attributes_of(first.node) != attributes_of(second.node):
             return "parallel attention branches have different scales or settings"
         if any(a.linear.dtype != b.linear.dtype for a, b in pairs) or first.out.dtype != second.out.dtype:
             return "parallel attention branches have weights of different types"
@@ -82,15 +82,11 @@ class JoinAttention(JoinBranches):
             flat = joined_linear(a.linear, b.linear, a.bias, b.bias, a.x, build)
             split = build.op("Reshape", flat, [0, 0, a.heads + b.heads, a.size])
             heads.append(build.op("Transpose", split, perm=_HEADS_OUT))
-        attributes = {name: attr.value for name, attr in first.node.attributes.items()}
+        attributes = attributes_of(first.node)
         attended = build.op("Attention", *heads, *first.node.inputs[3:], **attributes)
         width = first.out.input_channels() + second.out.input_channels()
         merged = build.op("Reshape", build.op("Transpose", attended, perm=_HEADS_OUT), [0, 0, width])
         return stacked_linear(first.out, second.out, first.bias_out, second.bias_out, merged, build)
-
-
-def _settings(node: ir.Node) -> dict[str, object]:
-    return {name: attr.value for name, attr in node.attributes.items()}
 
 
 def _attention(value: ir.Value) -> _Attention | None:

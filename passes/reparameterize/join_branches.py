@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, constant, is_constant, is_op, shape_of, used_once
+from xform.graph.values import Array, attributes_of, constant, is_constant, is_op, shape_of, used_once
 from xform.passes.reparameterize import linear_map
 from xform.passes.reparameterize.linear_map import LinearMap
 from xform.patterns.adapter import ACTIVATIONS
@@ -133,7 +133,7 @@ class WidenFeedForward(JoinBranches):
         if is_op(first.activation, "Mul"):
             active = build.op("Mul", hidden, build.op("Sigmoid", hidden))
         else:
-            attributes = {name: attr.value for name, attr in first.activation.attributes.items()}
+            attributes = attributes_of(first.activation)
             active = build.op(first.activation.op_type, hidden, *first.activation.inputs[1:], **attributes)
         return stacked_linear(first.out, second.out, first.bias_out, second.bias_out, active, build)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, attribute, constant, constant_tensor, display_name, is_op, rank_of
+from xform.graph.values import Array, attribute, attributes_of, constant, constant_tensor, display_name, is_op, rank_of
 from xform.rewrite.builder import Builder
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -112,7 +112,7 @@ class LinearMap:
 
     def build(self, build: Builder, x: ir.Value, weight: Array, bias: Array | None) -> ir.Value:
         """The map with another weight and bias, cast once from float64 to the type that they had."""
-        attributes: dict[str, Any] = {name: attr.value for name, attr in self.node.attributes.items()}
+        attributes: dict[str, Any] = attributes_of(self.node)
         source = self.node.inputs[1]
         name = source.name if source is not None and source.name else "weight"
         w = build.constant(narrowed(weight, self.dtype), name)

@@ -80,6 +80,11 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     return default if attr is None else attr.value
 
 
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """All attributes of a node by name, as plain Python values."""
+    return {name: attr.value for name, attr in node.attributes.items()}
+
+
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     """Whether `node` is one of these operators (default: of the standard ONNX domain)."""
     if node is None or node.op_type not in op_types:

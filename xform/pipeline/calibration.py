@@ -65,15 +65,7 @@ def norm_ranges(model: ir.Model, batches: Iterable[Inputs], run: Run | None = No
     Raises:
         CouldNotRunError: The graph does not run on these inputs.
     """
-    values = norm_results(model)
-    ranges: dict[str, ChannelRange] = {}
-    for arrays in observe(model, batches, values, run):
-        for value, array in zip(values, arrays, strict=True):
-            wide = np.asarray(array, np.float64).reshape(-1, np.shape(array)[-1])
-            here = ChannelRange(wide.min(axis=0), wide.max(axis=0))
-            name = value.name or ""
-            ranges[name] = ranges[name].joined(here) if name in ranges else here
-    return ranges
+    return _ranges_of_channels(model, batches, norm_results(model), run)
 
 
 def channel_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, ChannelRange]:
@@ -87,15 +79,7 @@ def channel_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, Chan
         CouldNotRunError: The graph does not run on these inputs.
     """
     products = [value for value in quantizable_inputs(model) if any(is_op(n, "MatMul") for n, _ in value.uses())]
-    values = [value for value in products if not value.is_graph_input()]
-    ranges: dict[str, ChannelRange] = {}
-    for arrays in observe(model, batches, values):
-        for value, array in zip(values, arrays, strict=True):
-            rows = np.asarray(array, np.float64).reshape(-1, array.shape[-1])
-            if len(rows):
-                here, name = ChannelRange(rows.min(axis=0), rows.max(axis=0)), value.name or ""
-                ranges[name] = ranges[name].joined(here) if name in ranges else here
-    return ranges
+    return _ranges_of_channels(model, batches, [value for value in products if not value.is_graph_input()])
 
 
 def activation_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, ChannelRange]:
@@ -119,5 +103,22 @@ def activation_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, C
         for name, array in found.items():
             if np.size(array):
                 here = ChannelRange(np.asarray([np.min(array)], np.float64), np.asarray([np.max(array)], np.float64))
-                ranges[name] = ranges[name].joined(here) if name in ranges else here
+                _widen(ranges, name, here)
     return ranges
+
+
+def _ranges_of_channels(
+    model: ir.Model, batches: Iterable[Inputs], values: Sequence[ir.Value], run: Run | None = None
+) -> dict[str, ChannelRange]:
+    ranges: dict[str, ChannelRange] = {}
+    for arrays in observe(model, batches, values, run):
+        for value, array in zip(values, arrays, strict=True):
+            rows = np.asarray(array, np.float64).reshape(-1, np.shape(array)[-1])
+            if len(rows):
+                _widen(ranges, value.name or "", ChannelRange(rows.min(axis=0), rows.max(axis=0)))
+    return ranges
+
+
+def _widen(ranges: dict[str, ChannelRange], name: str, here: ChannelRange) -> None:
+    """Join what one batch has to what the ones before it had."""
+    ranges[name] = ranges[name].joined(here) if name in ranges else here

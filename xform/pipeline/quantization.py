@@ -146,8 +146,7 @@ class Quantization:
             if best.error > best.candidate.max_error:
                 refined = replace(best.candidate, **change(best))
                 found = _Tried(best.moved, best.trial, refined, best.trial.error(refined))
-                before = best
-                try_(label, before, found)
+                try_(label, best, found)
                 told += [label] if best is found else []
         reason = (
             f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
