@@ -60,8 +60,9 @@ def test_nothing_is_tried_alone_where_the_bound_holds_at_once() -> None:
 class Invented(Trial):
     """Errors by what is in int8, in place of runs."""
 
-    def __init__(self, alone: dict[str, float], amplified: float = 1.0) -> None:
+    def __init__(self, alone: dict[str, float], amplified: float = 1.0, sizes: dict[str, int] | None = None) -> None:
         self.alone = alone
+        self.sizes = sizes or {}
         self.amplified = amplified
         self.measured = 0
 
@@ -72,6 +73,9 @@ class Invented(Trial):
 
     def quantized(self, candidate: Any) -> dict[str, str]:
         return dict.fromkeys(self.alone, "MatMul")
+
+    def operations(self, names: Any) -> dict[str, int]:
+        return {name: self.sizes.get(name, 1) for name in names}
 
 
 def test_a_few_bad_ones_among_many_are_found_in_few_measurements() -> None:
@@ -89,6 +93,23 @@ def test_the_bound_holds_and_no_more_than_needed_returns_to_float(amplified: flo
     worst = [f"n{i}" for i in range(19, 19 - len(found.chosen.keep), -1)]
     assert set(found.chosen.keep) == set(worst)
     assert trial.error(QuantizeProducts(keep=tuple(worst[:-1]))) > 0.3
+
+
+def test_of_products_that_hurt_alike_the_smaller_ones_return_to_float() -> None:
+    trial = Invented({f"n{i}": 1.0 for i in range(12)}, sizes={f"n{i}": 400 for i in range(12) if i not in (3, 8)})
+    found = search(trial, QuantizeProducts(max_error=10**0.5))
+    assert set(found.chosen.keep) == {"n3", "n8"}
+
+
+def test_operations_are_counted_at_the_sizes_of_the_data() -> None:
+    model = parse(
+        """g (float[b,96] x, float[96,96] w0, float[96,96] w1, int64[1] axes) => (float[b,96] y, float[1,96] z) {
+        y = MatMul(x, w0) m = ReduceMax(x, axes) z = MatMul(m, w1) }""",
+        {"w0": W["w0"], "w1": W["w1"], "axes": np.array([0])},
+    )
+    for node, name in zip((n for n in model.graph if n.op_type == "MatMul"), ("all", "one"), strict=True):
+        node.name = name
+    assert Trial(model, batches()).operations({"all", "one"}) == {"all": 2 * 8 * 96 * 96, "one": 2 * 96 * 96}
 
 
 def test_what_was_kept_before_stays_kept() -> None:

@@ -114,6 +114,43 @@ def test_between_equals_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> No
     assert decide(monkeypatch, Clock([1.0, 1.0])).chosen == "onnxruntime"
 
 
+class Heats(Clock):
+    """Another clock for every heat."""
+
+    def __init__(self, *heats: Sequence[float]) -> None:
+        super().__init__(heats[0])
+        self.heats = heats
+        self.met: list[list[int]] = []
+
+    def __call__(self, subjects: Sequence[Deployed], feeds: Mapping[str, Any], **options: Any) -> list[Timing]:
+        if options.get("seconds"):  # else only whether it runs
+            self.milliseconds = self.heats[len(self.met)]
+            self.met.append([int(subject.model.stem) for subject in subjects])
+        return super().__call__(subjects, feeds, **options)
+
+
+def test_those_near_the_fastest_meet_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Heats([1.0, 0.95], [1.0, 1.25])  # noise made the input look faster at first
+    decision = decide(monkeypatch, clock)
+    assert clock.met == [[0, 1], [0, 1]]
+    assert decision.chosen == "onnxruntime" and decision.speedups == {"onnxruntime": 1.25, "input": 1.0}
+
+
+def test_what_is_clearly_slower_meets_nobody_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse("g (float[1,2,3,4] q) => (float[1,2,3,4] y) { y = Attention(q, q, q) }")
+    backend, options = get_backend("onnxruntime", CPU), LowerOptions()
+    clock = Heats([1.0, 0.98, 2.0, 1.6], [0.9, 1.0])
+    monkeypatch.setattr(tune, "measure", clock)
+    feeds = {"q": np.ones((1, 2, 3, 4), np.float32)}
+    decision = tune.choose(tune.candidates(model, model, backend, options, mode="full"), CPU, feeds, "full")[2]
+    assert clock.met == [[0, 1, 2, 3], [0, 1]]
+    assert decision.chosen == "onnxruntime"
+    # against the input by way of what both heats measured: 1.6 times in the first one
+    assert decision.speedups["onnxruntime"] == 1.6
+    assert decision.speedups["onnxruntime, attention multi_head"] == pytest.approx(1.6 * 0.9)
+    assert decision.speedups["onnxruntime, attention written"] == pytest.approx(0.8)
+
+
 def test_a_decision_is_remembered_and_needs_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock([1.0, 2.0])
     first = decide(monkeypatch, clock)

@@ -5,16 +5,18 @@ return to float until it holds. The measure is the relative error ||a - b|| / ||
 norm over all batches, without rows of pads where the model has a key-padding mask); the largest counts. A cosine
 similarity of 0.995 between outputs corresponds to 0.1.
 
-The worst ones are found by halving: errors of parts add up in squares, about, so the part with the largest error is
-split and both halves are measured alone, until it is one node, which returns to float. Parts that do little are never
-split, so a few bad ones among n cost a few times log n measurements. Whether the bound holds is then measured with
-everything else in int8; where parts amplify one another and it does not, the halving goes on. In the end the nodes that
-hurt least of those in float are tried in int8 again.
+The worst ones are those with the largest squared error for their operations, as errors of parts add up in squares,
+about, and time in float by operations: a small product goes before one of four times its size that hurts as much. They
+are found by halving: the part in which such a node may be (all its error in its smallest node) is split and both halves
+are measured alone, until it is one node, which returns to float. Parts that do little are never split, so a few bad
+ones among n cost a few times log n measurements. Whether the bound holds is then measured with everything else in int8;
+where parts amplify one another and it does not, the halving goes on. In the end the nodes that were taken last are
+tried in int8 again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +24,8 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.clone import clone
-from xform.graph.values import display_name
+from xform.graph.count import count_node
+from xform.graph.values import display_name, shape_of
 from xform.passes.attention.padding import find_padding
 from xform.passes.integer import Quantizer
 from xform.pipeline.oracle import Inputs, Session
@@ -94,6 +97,19 @@ class Trial:
         nodes = [(display_name(n), n.op_type) for n in self.model.graph.all_nodes() if n.op_type in ("Conv", "MatMul")]
         return {name: kind for name, kind in nodes if done.intersection((name, *name.split(", ")))}
 
+    def operations(self, names: Collection[str]) -> dict[str, int]:
+        """Operations of nodes at the sizes of the first batch, by original name; 1 where they are unknown."""
+        given = [(value, self.batches[0].get(value.name or "")) for value in self.model.graph.inputs]
+        sizes = {
+            dim: size
+            for value, array in given
+            if array is not None
+            for dim, size in zip(shape_of(value) or (), np.shape(array), strict=False)
+            if isinstance(dim, str)
+        }
+        nodes = ((display_name(node), node) for node in self.model.graph.all_nodes())
+        return {name: count_node(node, sizes).flops or 1 for name, node in nodes if name in names}
+
 
 def search(trial: Trial, candidate: Quantizer, progress: Progress | None = None) -> Sensitivity:
     """Choose `keep` so that the error is at most the pass's `max_error`.
@@ -125,6 +141,7 @@ class _Halving:
         self.kept: list[str] = []
         self.measured: dict[tuple[str, ...], float] = {}
         self._open = {names: float("inf")}  # parts in int8, with their error alone
+        self._operations = trial.operations(names)
 
     def run(self, before: float) -> tuple[list[str], float]:
         """What returns to float, worst first, and the error that remains."""
@@ -145,9 +162,13 @@ class _Halving:
         """Error of all parts together."""
         return float(sum(error**2 for error in self._open.values()) ** 0.5)
 
+    def _harm(self, part: tuple[str, ...]) -> float:
+        """Squared error for operations of the worst node that may be in a part."""
+        return self._open[part] ** 2 / min(self._operations[name] for name in part)
+
     def _step(self) -> None:
         """The worst part split, or kept in float if it is one node."""
-        worst = max(self._open, key=lambda part: self._open[part])
+        worst = max(self._open, key=self._harm)
         del self._open[worst]
         if len(worst) == 1:
             self.kept.append(worst[0])

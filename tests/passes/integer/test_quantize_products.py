@@ -118,6 +118,28 @@ def test_with_a_scale_per_row_a_large_row_takes_no_resolution_from_the_others() 
     assert errors[1] < 0.02 < 0.2 < errors[0]
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    return (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
+
+
+def test_rows_of_what_hardly_goes_below_zero_are_divided_by_their_largest_value() -> None:
+    x = RNG.standard_normal((2, 5, K))
+    x[0, :2] *= 3
+    x[1, 0] = -np.abs(x[1, 0])  # a row that is all below zero, which divided by its magnitude reaches -1
+    x = gelu(x)
+    x[0, 3] = 0
+    expected, errors, rows = x @ W, {}, x.reshape(-1, K)
+    ranges = {"x": ChannelRange(rows.min(0), rows.max(0))}
+    for name, given in (("any", {}), ("one-sided", ranges)):
+        model = quantized(per_row=True, ranges=given)
+        (found,) = run(model, {"x": x})
+        assert ("Abs" in ops(model)) == (not given) and (found[0, 3] == 0).all()
+        errors[name] = float(np.median(np.linalg.norm(found - expected, axis=-1)))
+    assert errors["one-sided"] < 0.9 * errors["any"]  # weights are rounded as well
+    (found,) = run(quantized(per_row=True, ranges=ranges), {"x": -5 * x})  # what calibration has not seen
+    np.testing.assert_allclose(found, -5 * expected, rtol=0, atol=0.03 * float(np.abs(5 * expected).max()))
+
+
 def test_compensated_codes_are_nearer_in_the_product_and_cannot_saturate() -> None:
     mix = RNG.standard_normal((12, 97))  # channels that go together, as those of real activations do
     x = RNG.standard_normal((400, 12)) @ mix + 0.3 * RNG.standard_normal((400, 97))
