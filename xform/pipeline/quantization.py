@@ -8,9 +8,10 @@ it, from the same calibration batches and under the same bound, and where severa
 Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
 them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
 then by factors per channel of their own (`xform.pipeline.channel_factors`), chosen for one scale per activation and,
-in products, for one per row. Outlier channels of products stay in float, and their weights are rounded with
-compensation (`xform.pipeline.rounding`). Each is tried only while the bound does not hold, and stays if it lowers the
-error by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
+in products, for one per row. Outlier channels of products stay in float, rows of one-sided inputs are scaled by their
+largest value, and weights are rounded with compensation (`xform.pipeline.rounding`). Each is tried only while the
+bound does not hold, and stays if it lowers the error by a twentieth; then the search for what has to stay in float
+begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ class Quantization:
         if not isinstance(start.candidate, QuantizeProducts):
             return []
         return [
-            ("outlier channels in float", lambda at: {"ranges": channel_ranges(at.trial.model, self._batches)}),
+            ("outlier channels in float, one-sided rows", lambda at: {
+                "ranges": channel_ranges(at.trial.model, self._batches)
+            }),
             ("rounding with compensation", lambda at: {
                 "codes": compensated_weights(
                     at.trial.model, self._batches, at.candidate.weight_bits, self._ranges_of(at.candidate)
