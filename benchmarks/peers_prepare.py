@@ -80,7 +80,7 @@ def openvino_int8(name: str, batch: int, source: Path, folder: Path) -> Request:
 
     model = ov.Core().read_model(source)
     samples = nncf.Dataset(
-        [_for_export(example(MODELS[name], batch, seed), source) for seed in range(1, CALIBRATION + 1)]
+        [for_export(example(MODELS[name], batch, seed), source) for seed in range(1, CALIBRATION + 1)]
     )
     kind = nncf.ModelType.TRANSFORMER if MODELS[name].transformer else None
     quantized = nncf.quantize(model, samples, subset_size=CALIBRATION, model_type=kind)
@@ -120,8 +120,8 @@ def _xform(preset: str, name: str, batch: int, source: Path, folder: Path) -> Re
     calibration = None
     if preset == "int8":
         seeds: Iterator[int] = iter(range(1, CALIBRATION + 1))
-        calibration = [_for_export(example(MODELS[name], batch, seed), source) for seed in seeds]
-    feeds = _for_export(example(MODELS[name], batch), source)
+        calibration = [for_export(example(MODELS[name], batch, seed), source) for seed in seeds]
+    feeds = for_export(example(MODELS[name], batch), source)
     result = xform.optimize(source, "cpu", preset=preset, inputs=feeds, calibration=calibration, tune="full")
     suffix = ".xml" if result.report.backend == "openvino" else ".onnx"
     target = result.save(folder / f"xform-{preset}{suffix}")[0]
@@ -134,7 +134,7 @@ def _xform(preset: str, name: str, batch: int, source: Path, folder: Path) -> Re
     }
 
 
-def _for_export(feeds: dict[str, Any], source: Path) -> dict[str, Any]:
+def for_export(feeds: dict[str, Any], source: Path) -> dict[str, Any]:
     """Feeds without the arguments that the exported graph does not read."""
     import onnx
 
