@@ -74,11 +74,11 @@ class Pack(Rule):
         sizes = [dim for dim in shape[:-1] if isinstance(dim, int)]
         if len(sizes) == len(shape) - 1 and prod(sizes) <= self.largest_rows:
             return None
+        measured = f"{len(products)} products share their input; one with a Split was measured no faster here"
+        if not self.largest_rows:
+            return Failure(f"{measured}, for any number of rows", tuple(products))
         rows = str(prod(sizes)) if len(sizes) == len(shape) - 1 else "an unknown number of"
-        reason = "one product and a Split were measured no faster than products apart"
-        return Failure(
-            f"{len(products)} products of {rows} rows; {reason} above {self.largest_rows} rows", tuple(products)
-        )
+        return Failure(f"{measured} above {self.largest_rows} rows; these have {rows}", tuple(products))
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         products: list[ir.Node] = match.data["products"]

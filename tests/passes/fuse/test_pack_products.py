@@ -77,8 +77,13 @@ def test_a_shared_weight_is_not_kept_twice() -> None:
 def test_it_does_not_pay_and_says_so() -> None:
     _, remarks = pack("y = MatMul(x, w1) z = MatMul(x, w2)", "float[2,3,4] y, float[2,3,8] z", rows=5)
     assert applied(remarks, "pack") == 0
-    assert "2 products of 6 rows" in missed(remarks)[0]
+    assert missed(remarks)[0].endswith("above 5 rows; these have 6")
+
+
+def test_by_default_it_pays_nowhere() -> None:
+    _, remarks = pack("y = MatMul(x, w1) z = MatMul(x, w2)", "float[2,3,4] y, float[2,3,8] z", rows=0)
     assert PackProducts().largest_rows == 0
+    assert missed(remarks)[0].endswith("for any number of rows")
 
 
 def test_an_unknown_number_of_rows_does_not_pay() -> None:
