@@ -7,12 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from xform.graph.values import Dim, attribute, constant_tensor, is_constant, is_op, rank_of, shape_of
+from xform.patterns.elementwise import BINARY, UNARY
 
-_UNARY = frozenset(
-    {"Gelu", "Relu", "Tanh", "Erf", "Sigmoid", "Sqrt", "Neg", "Exp", "Abs", "Cast", "Identity", "LeakyRelu", "Elu",
-     "HardSigmoid", "HardSwish", "Softplus", "Mish", "Swish", "Reciprocal", "Clip"}
-)  # fmt: skip
-_BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sum", "Max", "Min", "Where"})
 _LAYOUT = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Gather", "Identity")
 
 
@@ -96,9 +92,9 @@ def is_token_wise(node: ir.Node, padding: Padding) -> bool:
     if is_op(node, "LayerNormalization", "RMSNormalization"):
         constants = all(v is None or is_constant(v) for v in node.inputs[1:])
         return constants and holds_tokens(node.inputs[0], padding) and attribute(node, "axis", -1) in (-1, 2)
-    if is_op(node, *_UNARY):
+    if is_op(node, *UNARY, "Clip"):
         return holds_tokens(node.inputs[0], padding) and all(v is None or is_constant(v) for v in node.inputs[1:])
-    if is_op(node, *_BINARY):
+    if is_op(node, *BINARY, "Sum", "Where"):
         return all(v is None or holds_tokens(v, padding) or is_per_channel(v) for v in node.inputs)
     return False
 
