@@ -102,7 +102,7 @@ def figures(name: str, batch: int, work: Path, seconds: float) -> dict[str, Any]
     from peers_prepare import for_export
 
     import xform
-    from xform.graph.count import count
+    from xform.graph.count import bindings_of, count
 
     folder = work / f"{name}-{batch}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +112,7 @@ def figures(name: str, batch: int, work: Path, seconds: float) -> dict[str, Any]
     source = folder / "export.onnx"
     feeds = for_export(example(MODELS[name], batch), source)
     result = xform.optimize(source, "cpu", inputs=feeds, backend="onnxruntime")
-    sizes = {
-        str(dim): size
-        for value in result.graph.graph.inputs
-        for dim, size in zip(value.shape or (), feeds[value.name or ""].shape, strict=True)
-    }
+    sizes = bindings_of(result.graph, feeds)
     gflop = sum(node.flops or 0 for node in count(result.graph, sizes).nodes if node.op_type in COUNTED) / 1e9
     top = peak()
     with tempfile.TemporaryDirectory(prefix="xform-roofline-") as temporary:

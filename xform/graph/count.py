@@ -24,7 +24,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from xform.graph import dims
@@ -98,6 +100,18 @@ def count(model: ir.Model, bindings: Mapping[str, int] | None = None) -> ModelCo
 def count_node(node: ir.Node, bindings: Mapping[str, int] | None = None) -> NodeCounts:
     """Counts of one node."""
     return _Counter(bindings or {}).node(node)
+
+
+def bindings_of(model: ir.Model, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Values of the symbolic dims that `inputs` (arrays by name; not all need be there) have."""
+    given = ((shape_of(value) or (), inputs.get(value.name or "")) for value in model.graph.inputs)
+    return {
+        dim: size
+        for shape, array in given
+        if array is not None
+        for dim, size in zip(shape, np.shape(array), strict=False)
+        if isinstance(dim, str)
+    }
 
 
 class _Counter:

@@ -24,8 +24,8 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.clone import clone
-from xform.graph.count import count_node
-from xform.graph.values import display_name, shape_of
+from xform.graph.count import bindings_of, count_node
+from xform.graph.values import display_name
 from xform.passes.attention.padding import find_padding
 from xform.passes.integer import Quantizer
 from xform.pipeline.oracle import Inputs, Session
@@ -99,14 +99,7 @@ class Trial:
 
     def operations(self, names: Collection[str]) -> dict[str, int]:
         """Operations of nodes at the sizes of the first batch, by original name; 1 where they are unknown."""
-        given = [(value, self.batches[0].get(value.name or "")) for value in self.model.graph.inputs]
-        sizes = {
-            dim: size
-            for value, array in given
-            if array is not None
-            for dim, size in zip(shape_of(value) or (), np.shape(array), strict=False)
-            if isinstance(dim, str)
-        }
+        sizes = bindings_of(self.model, self.batches[0])
         nodes = ((display_name(node), node) for node in self.model.graph.all_nodes())
         return {name: count_node(node, sizes).flops or 1 for name, node in nodes if name in names}
 
