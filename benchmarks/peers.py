@@ -3,7 +3,8 @@
     python benchmarks/peers.py --json [--only REGEX] [--contenders REGEX] [--batch 1,8] [--rounds 3] [--seconds 2]
                                       [--work build/peers] [--resume FILE] [--without-evidence]
 
-Contenders: xform (`exact`, `int8`); ONNX Runtime as exported, its transformer optimizer, onnxscript's optimize_for_ort,
+Contenders: xform (`exact`, `int8`; on sentences of mixed lengths with padding="packed", and beside it "xform-padded");
+ONNX Runtime as exported, its transformer optimizer, onnxscript's optimize_for_ort,
 onnxslim; torch.compile with freezing; OpenVINO; and in int8 ONNX Runtime's dynamic quantization and OpenVINO with NNCF.
 Each is prepared and runs in a process of its own; they are measured in turn, and a figure is the median over rounds of
 the medians of a round. A contender that fails, or whose outputs are wrong, has its reason in "failed".
@@ -32,7 +33,7 @@ import numpy as np
 HERE = Path(__file__).parent
 FP32_PEERS = ("ort", "ort-transformers", "onnxscript", "onnxslim", "inductor", "openvino")
 INT8_PEERS = ("ort-int8", "openvino-int8")
-CONTENDERS = ("xform", *FP32_PEERS, "xform-int8", *INT8_PEERS)
+CONTENDERS = ("xform", "xform-padded", *FP32_PEERS, "xform-int8", *INT8_PEERS)
 FP32_TOLERANCE = 1e-3  # relative to the largest output; a contender further off computes something else
 PAUSE = 0.1  # seconds for the threads of the one before to stop spinning
 PREPARE_SECONDS = 1800.0
@@ -128,7 +129,7 @@ def measure_case(case: Case, names: list[str], options: argparse.Namespace) -> d
         worker.ask({"output": str(folder / "output.npz")})
         errors[name] = _error(folder)
         notes[name] = {k: request[k] for k in ("attention", "tuning", "fused", "prepare_seconds") if k in request}
-        if name in ("xform", *FP32_PEERS) and not errors[name] <= FP32_TOLERANCE:
+        if name in ("xform", "xform-padded", *FP32_PEERS) and not errors[name] <= FP32_TOLERANCE:
             failed[name] = f"wrong outputs: relative error {errors[name]:.1e}"
         workers.append(worker)
     rounds: dict[str, list[float]] = {worker.name: [] for worker in workers}
@@ -146,11 +147,15 @@ def measure_case(case: Case, names: list[str], options: argparse.Namespace) -> d
 
 
 def _error(folder: Path) -> float:
-    """Largest difference to PyTorch's output, relative to the largest number in it."""
+    """Largest difference to PyTorch's output, relative to the largest number in it; rows of pads do not count."""
     with np.load(folder / "reference.npz") as reference, np.load(folder / "output.npz") as found:
         expected, got = reference[reference.files[0]], found[found.files[0]]
     if expected.shape != got.shape:
         return math.inf
+    with np.load(folder / "feeds.npz") as feeds:
+        mask = feeds["attention_mask"] if "attention_mask" in feeds.files else None
+    if mask is not None and expected.shape[:2] == mask.shape:
+        expected, got = expected[mask != 0], got[mask != 0]
     return float(np.abs(expected - got).max() / np.abs(expected).max())
 
 
@@ -173,6 +178,7 @@ def summary(results: dict[str, dict[str, Any]], layers: dict[str, int]) -> dict[
     """The last line, without the evidence on accuracy and padding."""
     fp32 = {label: r for label, result in results.items() if (r := ratios(result, "xform", FP32_PEERS))}
     int8_fp32 = {label: r for label, result in results.items() if (r := ratios(result, "xform-int8", FP32_PEERS))}
+    padded = {label: r for label, result in results.items() if (r := ratios(result, "xform-padded", FP32_PEERS))}
     int8_int8 = {label: r for label, result in results.items() if (r := ratios(result, "xform-int8", INT8_PEERS))}
     return {
         "table": {label: result["ms"] for label, result in results.items()},
@@ -180,6 +186,7 @@ def summary(results: dict[str, dict[str, Any]], layers: dict[str, int]) -> dict[
             "geomean_vs_best_peer": geomean([r for r, _ in fp32.values()]),
             "min_vs_best_peer": round(min((r for r, _ in fp32.values()), default=math.nan), 4) if fp32 else None,
             "ratios": {label: [round(r, 3), best] for label, (r, best) in fp32.items()},
+            "ratios_padded": {label: [round(r, 3), best] for label, (r, best) in padded.items()},
         },
         "int8": {
             "geomean_vs_best_fp32_peer": geomean([r for r, _ in int8_fp32.values()]),
@@ -273,7 +280,8 @@ def main() -> int:
         if label in results:
             continue
         log(label)
-        results[label] = measure_case(case, names, options)
+        padded = MODELS[case[0]].padding == "padded"
+        results[label] = measure_case(case, [n for n in names if not (padded and n == "xform-padded")], options)
         if options.resume:
             with options.resume.open("a") as file:
                 file.write(json.dumps({"case": label, **results[label]}) + "\n")

@@ -37,6 +37,7 @@ class PeerModel:
         layers: Attention layers.
         model_type: What ONNX Runtime's transformer optimizer calls it; None where it has nothing for it.
         transformer: Whether NNCF is told that it is a transformer.
+        padding: What xform is called with; "packed" where the lengths of sentences differ, as its users would.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PeerModel:
     layers: int = 0
     model_type: str | None = None
     transformer: bool = False
+    padding: str = "padded"
 
 
 class _Tensor(torch.nn.Module):
@@ -177,7 +179,7 @@ MODELS: dict[str, PeerModel] = {
     model.name: model
     for model in (
         PeerModel("minilm", minilm, _passages, (1, 8), 6, "bert", True),
-        PeerModel("minilm-mixed", minilm, _mixed, (MIXED,), 6, "bert", True),
+        PeerModel("minilm-mixed", minilm, _mixed, (MIXED,), 6, "bert", True, "packed"),
         PeerModel("bert-base", bert_base, _ids(30000, mask=True), (1, 8), 12, "bert", True),
         PeerModel("deit-tiny", _vision("deit_tiny_patch16_224"), _images(), (1, 8), 12, "vit", True),
         PeerModel("deit-small", _vision("deit_small_patch16_224"), _images(), (1, 8), 12, "vit", True),

@@ -12,7 +12,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 COLOURS = {
-    "xform": "#1b6ca8", "xform-int8": "#0b3c5d", "ort": "#999999", "ort-transformers": "#bbbbbb",
+    "xform": "#1b6ca8", "xform-padded": "#6fa8d0", "xform-int8": "#0b3c5d",
+    "ort": "#999999", "ort-transformers": "#bbbbbb",
     "onnxscript": "#d0c3a0",
     "onnxslim": "#c9d6a3", "inductor": "#e0a080", "openvino": "#9b7bb8", "ort-int8": "#666666",
     "openvino-int8": "#5d3f7a",

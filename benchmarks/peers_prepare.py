@@ -107,12 +107,17 @@ def xform_exact(name: str, batch: int, source: Path, folder: Path) -> Request:
     return _xform("exact", name, batch, source, folder)
 
 
+def xform_padded(name: str, batch: int, source: Path, folder: Path) -> Request:
+    """The same with the padding that the model computes on, where xform would leave it out."""
+    return _xform("exact", name, batch, source, folder, padding="padded")
+
+
 def xform_int8(name: str, batch: int, source: Path, folder: Path) -> Request:
     """xform's int8 preset, calibrated on the same 16 inputs as NNCF."""
     return _xform("int8", name, batch, source, folder)
 
 
-def _xform(preset: str, name: str, batch: int, source: Path, folder: Path) -> Request:
+def _xform(preset: str, name: str, batch: int, source: Path, folder: Path, padding: str | None = None) -> Request:
     from peers_models import MODELS, example
 
     import xform
@@ -122,9 +127,12 @@ def _xform(preset: str, name: str, batch: int, source: Path, folder: Path) -> Re
         seeds: Iterator[int] = iter(range(1, CALIBRATION + 1))
         calibration = [for_export(example(MODELS[name], batch, seed), source) for seed in seeds]
     feeds = for_export(example(MODELS[name], batch), source)
-    result = xform.optimize(source, "cpu", preset=preset, inputs=feeds, calibration=calibration, tune="full")
+    chosen = padding or MODELS[name].padding
+    result = xform.optimize(
+        source, "cpu", preset=preset, inputs=feeds, calibration=calibration, tune="full", padding=chosen
+    )
     suffix = ".xml" if result.report.backend == "openvino" else ".onnx"
-    target = result.save(folder / f"xform-{preset}{suffix}")[0]
+    target = result.save(folder / f"xform-{preset}-{chosen}{suffix}")[0]
     return {
         "kind": result.report.backend,
         "model": str(target),
@@ -144,6 +152,7 @@ def for_export(feeds: dict[str, Any], source: Path) -> dict[str, Any]:
 
 CONTENDERS: dict[str, Callable[[str, int, Path, Path], Request]] = {
     "xform": xform_exact,
+    "xform-padded": xform_padded,
     "xform-int8": xform_int8,
     "ort": ort,
     "ort-transformers": ort_transformers,

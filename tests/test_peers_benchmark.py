@@ -47,6 +47,27 @@ def test_the_summary_has_the_least_and_the_mean() -> None:
     assert found["attention"] == {"a x1": {"layers": 6, "fused": 6}}
 
 
+def test_rows_of_pads_do_not_count_as_errors(tmp_path: Path) -> None:
+    peers = importlib.import_module("peers")
+    expected = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    found = expected * mask[..., None]
+    np.savez(tmp_path / "reference.npz", expected)
+    np.savez(tmp_path / "output.npz", found)
+    np.savez(tmp_path / "feeds.npz", attention_mask=mask)
+    assert peers._error(tmp_path) == 0.0
+    found[0, 1, 2] += 0.5
+    np.savez(tmp_path / "output.npz", found)
+    assert peers._error(tmp_path) == pytest.approx(0.5 / np.abs(expected[mask != 0]).max(), rel=1e-5)
+
+
+def test_the_padded_form_is_told_beside_the_packed_one() -> None:
+    peers = importlib.import_module("peers")
+    found = peers.summary({"a x16": measured(xform=[1.0], xform_padded=[2.5], ort=[2.0])}, {"a x16": 6})
+    assert found["fp32"]["ratios"] == {"a x16": [2.0, "ort"]}
+    assert found["fp32"]["ratios_padded"] == {"a x16": [0.8, "ort"]}
+
+
 def test_the_profile_has_every_kernel_once(tmp_path: Path) -> None:
     roofline = importlib.import_module("roofline")
     weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)

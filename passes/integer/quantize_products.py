@@ -29,8 +29,9 @@ Rows. With `per_row` every row of X (a token) gets its own scale, the largest ma
 
     X W  =  ((X / r) W) r                   r [.., 1] = max_k |X[.., k]|
 
-so that a token with large numbers does not take the resolution of the others. Cost: three passes over X and one over
-the result. Source: Yao et al. 2022, "ZeroQuant", section 4.1 (token-wise quantization).
+so that a token with large numbers does not take the resolution of the others; `row_scaled` names single products.
+Cost: three passes over X and one over the result, and no bias in the product's own kernel. Source: Yao et al. 2022,
+"ZeroQuant", section 4.1 (token-wise quantization).
 Where `ranges` say that X hardly goes below zero (what follows GELU or SiLU, low = min X), rows are divided by their
 largest value instead, but at least by 8 |low|:
 
@@ -82,6 +83,7 @@ class QuantizeProduct(Rule):
         self._bits = weight_bits
         self._keep = frozenset(options.keep)
         self._per_row = options.per_row
+        self._row_scaled = frozenset(options.row_scaled)
         self._smallest = options.smallest
         self._ranges = ranges
         self._codes = options.codes
@@ -121,7 +123,7 @@ class QuantizeProduct(Rule):
             kept = np.ones(len(weight), np.float32)
             kept[apart] = 0
             rest = build.op("Mul", x, build.constant(kept, f"{x.name}_inliers"))
-        if self._per_row:
+        if self._per_row or display_name(match.node("product")) in self._row_scaled:
             peak = _peak(rest, _least_peak(span, apart), build)
             result = build.op("Mul", self._integer(build.op("Div", rest, peak), codes, name, build), peak)
         else:
@@ -186,8 +188,10 @@ class QuantizeProducts(RewritePass):
         keep: Original names of product nodes that stay in float.
         ranges: Per channel, of the inputs of products by name (`xform.pipeline.calibration.channel_ranges`), or the
             file that holds them; without them no channel stays in float.
-        per_row: Whether each row of an input gets a scale of its own; a tenth slower, and a fourth of the error where
-            tokens differ much (MiniLM-L6, 2026-11-22).
+        per_row: Whether each row of every input gets a scale of its own; a tenth slower, and a fourth of the error
+            where tokens differ much (MiniLM-L6, 2026-11-22).
+        row_scaled: Original names of products whose input gets them, where not all do
+            (`xform.pipeline.row_scales`).
         codes: Weights in int8 by name (`xform.pipeline.rounding.compensated_weights`); others are rounded here.
         weight_bits: 8, 7, or 0 for 8 without saturation on this machine.
         smallest: Number of weights from which on a product pays.
@@ -199,6 +203,7 @@ class QuantizeProducts(RewritePass):
 
     ranges: str | Ranges = field(default="", hash=False)
     per_row: bool = False
+    row_scaled: tuple[str, ...] = ()
     codes: Mapping[str, Codes] = field(default_factory=dict, hash=False, repr=False)
     keep: tuple[str, ...] = ()
     weight_bits: int = 0

@@ -60,22 +60,32 @@ def test_nothing_is_tried_alone_where_the_bound_holds_at_once() -> None:
 class Invented(Trial):
     """Errors by what is in int8, in place of runs."""
 
-    def __init__(self, alone: dict[str, float], amplified: float = 1.0, sizes: dict[str, int] | None = None) -> None:
-        self.alone = alone
+    def __init__(
+        self,
+        errors: dict[str, float],
+        amplified: float = 1.0,
+        sizes: dict[str, int] | None = None,
+        units: tuple[tuple[str, ...], ...] = (),
+    ) -> None:
+        self.errors = errors
         self.sizes = sizes or {}
         self.amplified = amplified
+        self.units = units
         self.measured = 0
 
     def error(self, candidate: Any, count: int | None = None) -> float:
         self.measured += 1
-        inside = [error for name, error in self.alone.items() if name not in candidate.keep]
+        inside = [error for name, error in self.errors.items() if name not in candidate.keep]
         return float(sum(e**2 for e in inside) ** 0.5) * (self.amplified if len(inside) > 1 else 1.0)
 
     def quantized(self, candidate: Any) -> dict[str, str]:
-        return dict.fromkeys(self.alone, "MatMul")
+        return dict.fromkeys(self.errors, "MatMul")
 
     def operations(self, names: Any) -> dict[str, int]:
         return {name: self.sizes.get(name, 1) for name in names}
+
+    def together(self) -> list[tuple[str, ...]]:
+        return list(self.units)
 
 
 def test_a_few_bad_ones_among_many_are_found_in_few_measurements() -> None:
@@ -99,6 +109,19 @@ def test_of_products_that_hurt_alike_the_smaller_ones_return_to_float() -> None:
     trial = Invented({f"n{i}": 1.0 for i in range(12)}, sizes={f"n{i}": 400 for i in range(12) if i not in (3, 8)})
     found = search(trial, QuantizeProducts(max_error=10**0.5))
     assert set(found.chosen.keep) == {"n3", "n8"}
+
+
+def test_projections_of_an_attention_return_together_and_before_others_that_hurt_as_much() -> None:
+    units = tuple((f"q{i}", f"k{i}", f"v{i}") for i in range(3))
+    errors = {name: 1.0 for i, unit in enumerate(units) for name in (*unit, f"o{i}")}
+    trial = Invented(errors, units=units)
+    found = search(trial, QuantizeProducts(max_error=6**0.5))
+    assert {frozenset(u) for u in units if set(u) & set(found.chosen.keep)} == {
+        frozenset(u) for u in units if set(u) <= set(found.chosen.keep)
+    }
+    assert len(found.chosen.keep) == 6 and not any(name.startswith("o") for name in found.chosen.keep)
+    lone = search(Invented(errors | {"o1": 1.5}, units=units), QuantizeProducts(max_error=3.1))
+    assert lone.chosen.keep[0] == "o1"  # hurts more than twice as much for its operations
 
 
 def test_operations_are_counted_at_the_sizes_of_the_data() -> None:

@@ -139,3 +139,20 @@ def test_nothing_is_moved_where_the_bound_holds() -> None:
     model, batches = normed(True)
     found = quantization(model, batches, QuantizeProducts(max_error=1.0)).form_for("onnxruntime")
     assert len(found.passes) == 1 and len(found.remarks) == 1
+
+
+def test_scales_per_row_are_where_they_spare_more_than_a_share_of_the_bound() -> None:
+    """Of two products side by side, the second reads rows of different sizes, and its result is divided again."""
+    constants = {name: (RNG.standard_normal((WIDTH, WIDTH)) / 10).astype(np.float32) for name in ("v", "w")}
+    text = f"""g (float[1,16,{WIDTH}] x, float[1,16,1] size) => (float[1,16,{WIDTH}] y) {{
+        a = Tanh(x) p = MatMul(a, v) b = Mul(a, size) q = MatMul(b, w) r = Div(q, size) y = Add(p, r) }}"""
+    model = parse(declared(text, constants), constants)
+    for node, name in zip((n for n in model.graph if n.op_type == "MatMul"), ("even", "uneven"), strict=True):
+        node.name = name
+    sizes = np.where(np.arange(16) % 5 == 2, 200.0, 1.0).astype(np.float32).reshape(1, 16, 1)
+    batches = [{"x": RNG.standard_normal((1, 16, WIDTH)).astype(np.float32), "size": sizes} for _ in range(2)]
+    found = quantization(model, batches, QuantizeProducts(max_error=0.03)).form_for("onnxruntime")
+    quantizer = found.passes[-1]
+    assert isinstance(quantizer, QuantizeProducts)
+    assert (quantizer.row_scaled, quantizer.keep) == (("uneven",), ())
+    assert "scales per row in 1 products" in found.remarks[0].reason

@@ -7,29 +7,33 @@ it, from the same calibration batches and under the same bound, and where severa
 
 Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
 them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
-then by factors per channel of their own (`xform.pipeline.channel_factors`), chosen for one scale per activation and,
-in products, for one per row. Outlier channels of products stay in float, rows of one-sided inputs are scaled by their
-largest value, and weights are rounded with compensation (`xform.pipeline.rounding`). Each is tried only while the
-bound does not hold, and stays if it lowers the error by a twentieth; then the search for what has to stay in float
-begins (`xform.pipeline.sensitivity`).
+then by factors per channel of their own (`xform.pipeline.channel_factors`). Products whose error falls enough get a
+scale per row of their input, with factors chosen for that, and keep outlier channels in float
+(`xform.pipeline.row_scales`); rows of one-sided inputs are scaled by their largest value, and weights are rounded with
+compensation (`xform.pipeline.rounding`). Each is tried only while the bound does not hold, and stays if it lowers the
+error by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from xform.graph.clone import clone
+from xform.graph.values import display_name, is_op
 from xform.passes.integer import QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
+from xform.passes.integer.quantize_products import outliers
+from xform.passes.integer.scale_channels import Factors
 from xform.passes.normalize import LayerWiseScales, MigrateScales
 from xform.passes.normalize.ranges import Ranges, load_ranges
 from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
 from xform.pipeline.channel_factors import channel_factors
 from xform.pipeline.oracle import Inputs
 from xform.pipeline.rounding import compensated_weights
+from xform.pipeline.row_scales import Variant, products_by_input, where_it_pays
 from xform.pipeline.sensitivity import Progress, Trial, search
 from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import Remark
@@ -133,49 +137,88 @@ class Quantization:
         ):
             try_(label, plain, self._after(name, plain, one))
         start = best
-        for scheme in self._schemes(start):
+        if best.error > best.candidate.max_error:
+            factors = self._factors(start, start.candidate)
+            if factors:
+                label = f"factors for {len(factors)} activations"
+                try_(label, start, self._after(name, start, ScaleChannels(factors)))
             if best.error > best.candidate.max_error:
-                per_row = isinstance(scheme.candidate, QuantizeProducts) and scheme.candidate.per_row
-                factors = channel_factors(
-                    scheme.trial.model, self._batches, scheme.candidate.weight_bits, per_row=per_row
-                )
-                label = f"factors for {len(factors)} activations{' and scales per row' if per_row else ''}"
-                try_(label, start, self._after(name, scheme, ScaleChannels(factors)) if factors else scheme)
+                try_(*self._with_rows(name, start, best, factors))
         told = [one.name for one in best.moved]
-        told += ["scales per row"] if isinstance(best.candidate, QuantizeProducts) and best.candidate.per_row else []
+        rows = best.candidate.row_scaled if isinstance(best.candidate, QuantizeProducts) else ()
+        told += [f"scales per row in {len(rows)} products"] if rows else []
         for label, change in self._refinements(best):
             if best.error > best.candidate.max_error:
-                refined = replace(best.candidate, **change(best))
-                found = _Tried(best.moved, best.trial, refined, best.trial.error(refined))
-                try_(label, best, found)
-                told += [label] if best is found else []
+                before, refined = best, replace(best.candidate, **change(best))
+                try_(label, best, _Tried(best.moved, best.trial, refined, best.trial.error(refined)))
+                told += [label] if best is not before else []
         reason = (
             f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
         )
         remarks.append(Remark("quantization", "migration", "applied" if told else "missed", (), reason, "int8"))
         return best
 
-    def _schemes(self, start: _Tried) -> Iterator[_Tried]:
-        """One scale for an activation, and for products one per row."""
-        yield start
-        if isinstance(start.candidate, QuantizeProducts) and not start.candidate.per_row:
-            candidate = replace(start.candidate, per_row=True)
-            yield _Tried(start.moved, start.trial, candidate, start.trial.error(candidate))
+    def _factors(self, start: _Tried, candidate: Quantizer) -> Factors:
+        """Of channels, for the scales that `candidate` gives to inputs."""
+        per_row = isinstance(candidate, QuantizeProducts) and candidate.per_row
+        return channel_factors(start.trial.model, self._batches, candidate.weight_bits, per_row=per_row)
+
+    def _with_rows(
+        self, name: str, start: _Tried, single: _Tried, factors: Factors
+    ) -> tuple[str, _Tried, _Tried | None]:
+        """`single` with scales per row where they pay: a label, what it has to beat, and the result.
+
+        Args:
+            start: Before factors per channel.
+            single: `start` with `factors`, or as it is where they do not pay.
+        """
+        label = "scales per row"
+        if not isinstance(start.candidate, QuantizeProducts) or start.candidate.per_row:
+            return label, single, None
+        factors = factors if single is not start else {}
+        candidate = replace(start.candidate, per_row=True)
+        of_rows = self._factors(start, candidate)
+        everywhere = self._scaled(name, replace(start, candidate=candidate), of_rows)
+        groups = products_by_input(start.trial, candidate)
+        paying = where_it_pays(single.variant, everywhere.variant, groups, self._progress)
+        if not paying:
+            return label, single, None
+        names = tuple(product for group in paying for product in group)
+        value_of = _input_of_products(start.trial.model)
+        inputs = {value_of[product] for product in names}
+        chosen = {value: found for value, found in factors.items() if value not in inputs}
+        chosen |= {value: found for value, found in of_rows.items() if value in inputs}
+        label = f"scales per row in {len(names)} products, factors for {len(chosen)} activations"
+        candidate = replace(start.candidate, row_scaled=names)
+        return label, single, self._scaled(name, replace(start, candidate=candidate), chosen)
+
+    def _scaled(self, name: str, start: _Tried, factors: Factors) -> _Tried:
+        """`start` with factors per channel, and its error."""
+        found = self._after(name, start, ScaleChannels(factors)) if factors else None
+        return found or replace(start, error=start.trial.error(start.candidate))
 
     def _refinements(self, start: _Tried) -> list[tuple[str, Callable[[_Tried], dict[str, Any]]]]:
         """Options of products that lower their error, from the cheapest at run time to the dearest to find."""
         if not isinstance(start.candidate, QuantizeProducts):
             return []
         return [
-            ("outlier channels in float, one-sided rows", lambda at: {
-                "ranges": channel_ranges(at.trial.model, self._batches)
-            }),
+            ("outlier channels in float, one-sided rows", lambda at: {"ranges": self._ranges_that_pay(at)}),
             ("rounding with compensation", lambda at: {
                 "codes": compensated_weights(
                     at.trial.model, self._batches, at.candidate.weight_bits, self._ranges_of(at.candidate)
                 )
             }),
         ]  # fmt: skip
+
+    def _ranges_that_pay(self, at: _Tried) -> Ranges:
+        """Ranges of inputs of products, without those whose outlier channels cost more than they spare."""
+        ranges = channel_ranges(at.trial.model, self._batches)
+        plain = {value: span for value, span in ranges.items() if not len(outliers(span))}
+        with_plain, with_all = (replace(at.candidate, ranges=found) for found in (plain, ranges))
+        value_of = _input_of_products(at.trial.model)
+        groups = [g for g in products_by_input(at.trial, at.candidate) if value_of[g[0]] not in plain]
+        paying = where_it_pays((at.trial, with_plain), (at.trial, with_all), groups, self._progress)
+        return plain | {value: ranges[value] for value in (value_of[group[0]] for group in paying) if value in ranges}
 
     @staticmethod
     def _ranges_of(candidate: Quantizer) -> Ranges:
@@ -200,6 +243,16 @@ class _Tried:
     trial: Trial
     candidate: Quantizer
     error: float
+
+    @property
+    def variant(self) -> Variant:
+        return self.trial, self.candidate
+
+
+def _input_of_products(model: ir.Model) -> dict[str, str]:
+    """Name of what each product reads, by the product's original name."""
+    products = [node for node in model.graph.all_nodes() if is_op(node, "MatMul")]
+    return {display_name(node): node.inputs[0].name or "" for node in products if node.inputs[0] is not None}
 
 
 __all__ = ["Form", "Quantization"]

@@ -6,12 +6,15 @@ norm over all batches, without rows of pads where the model has a key-padding ma
 similarity of 0.995 between outputs corresponds to 0.1.
 
 The worst ones are those with the largest squared error for their operations, as errors of parts add up in squares,
-about, and time in float by operations: a small product goes before one of four times its size that hurts as much. They
-are found by halving: the part in which such a node may be (all its error in its smallest node) is split and both halves
-are measured alone, until it is one node, which returns to float. Parts that do little are never split, so a few bad
-ones among n cost a few times log n measurements. Whether the bound holds is then measured with everything else in int8;
-where parts amplify one another and it does not, the halving goes on. In the end the nodes that were taken last are
-tried in int8 again.
+about, and time in float by operations: a small product goes before one of four times its size that hurts as much. The
+projections of an attention return together, since only then the runtime has its fused operator again, and count half:
+int8 saves less there (`xform.pipeline.attention_products`; MiniLM-L6 on two threads: nothing, 2026-11-22).
+
+They are found by halving: the part in which such a unit may be (all its error in its smallest unit) is split and both
+halves are measured alone, until it is one unit, which returns to float. Parts that do little are never split, so a few
+bad ones among n cost a few times log n measurements. Whether the bound holds is then measured with everything else in
+int8; where parts amplify one another and it does not, the halving goes on. In the end the units that were taken last
+are tried in int8 again.
 """
 
 from __future__ import annotations
@@ -28,12 +31,15 @@ from xform.graph.count import bindings_of, count_node
 from xform.graph.values import display_name
 from xform.passes.attention.padding import find_padding
 from xform.passes.integer import Quantizer
+from xform.pipeline.attention_products import attention_products
 from xform.pipeline.oracle import Inputs, Session
 from xform.rewrite.passes import PassContext
 
 _FEW = 2  # batches that parts are measured on: only their order matters
-_TRIED_AGAIN = 6  # nodes in float that are tried in int8 once more
+_TRIED_AGAIN = 6  # units in float that are tried in int8 once more
+_ABSORBED = 0.5  # of its operations, what a projection in float costs where a fused attention takes it in
 
+Unit = tuple[str, ...]  # original names of nodes that return to float together
 Progress = Callable[[str, int, int], None]
 
 
@@ -89,6 +95,11 @@ class Trial:
         candidate.run(rewritten, PassContext())
         return relative_error(_outputs(rewritten, self.batches[:count]), self.expected[:count])
 
+    def alone(self, candidate: Quantizer, names: Collection[str], part: Collection[str]) -> float:
+        """Relative error with only `part` of the products and convolutions `names` in int8, on a few batches."""
+        others = (name for name in names if name not in part)
+        return self.error(replace(candidate, keep=(*candidate.keep, *others)), _FEW)
+
     def quantized(self, candidate: Quantizer) -> dict[str, str]:
         """Operators of the nodes that the pass would rewrite, by original name."""
         context = PassContext()
@@ -102,6 +113,10 @@ class Trial:
         sizes = bindings_of(self.model, self.batches[0])
         nodes = ((display_name(node), node) for node in self.model.graph.all_nodes())
         return {name: count_node(node, sizes).flops or 1 for name, node in nodes if name in names}
+
+    def together(self) -> list[Unit]:
+        """Original names of nodes that only all together make the runtime faster in float."""
+        return attention_products(self.model)
 
 
 def search(trial: Trial, candidate: Quantizer, progress: Progress | None = None) -> Sensitivity:
@@ -118,25 +133,31 @@ def search(trial: Trial, candidate: Quantizer, progress: Progress | None = None)
         return Sensitivity(candidate, _count(kinds, ()), before, before)
     halving = _Halving(trial, candidate, tuple(kinds), told)
     worst, error = halving.run(before)
-    kept, error = _tried_again(trial, candidate, worst, error)
+    units, error = _tried_again(trial, candidate, worst, error)
+    kept = _names(units)
     chosen = replace(candidate, keep=(*candidate.keep, *kept))
     return Sensitivity(chosen, _count(kinds, kept), error, before, halving.measured)
 
 
 class _Halving:
-    """The search for the worst nodes."""
+    """The search for the worst units."""
 
     def __init__(self, trial: Trial, candidate: Quantizer, names: tuple[str, ...], told: Progress) -> None:
         self.trial = trial
         self.candidate = candidate
         self.names = names
         self.told = told
-        self.kept: list[str] = []
+        self.kept: list[Unit] = []
         self.measured: dict[tuple[str, ...], float] = {}
-        self._open = {names: float("inf")}  # parts in int8, with their error alone
-        self._operations = trial.operations(names)
+        absorbed = [unit for unit in trial.together() if set(unit) <= set(names)]
+        units = _units(names, absorbed)
+        self._open = {units: float("inf")}  # parts in int8, with their error alone
+        operations = trial.operations(names)
+        self._costs = {
+            unit: sum(operations[name] for name in unit) * (_ABSORBED if unit in absorbed else 1) for unit in units
+        }
 
-    def run(self, before: float) -> tuple[list[str], float]:
+    def run(self, before: float) -> tuple[list[Unit], float]:
         """What returns to float, worst first, and the error that remains."""
         error = goal = before
         bound = self.candidate.max_error
@@ -148,40 +169,48 @@ class _Halving:
                 self._step()
             if not self.kept:
                 continue  # the halves alone are within the bound, both together are not: go on halving
-            error = self.trial.error(replace(self.candidate, keep=(*self.candidate.keep, *self.kept)))
+            error = self.trial.error(replace(self.candidate, keep=(*self.candidate.keep, *_names(self.kept))))
         return self.kept, error
 
     def _estimate(self) -> float:
         """Error of all parts together."""
         return float(sum(error**2 for error in self._open.values()) ** 0.5)
 
-    def _harm(self, part: tuple[str, ...]) -> float:
-        """Squared error for operations of the worst node that may be in a part."""
-        return self._open[part] ** 2 / min(self._operations[name] for name in part)
+    def _harm(self, part: tuple[Unit, ...]) -> float:
+        """Squared error for operations of the worst unit that may be in a part."""
+        return self._open[part] ** 2 / min(self._costs[unit] for unit in part)
 
     def _step(self) -> None:
-        """The worst part split, or kept in float if it is one node."""
+        """The worst part split, or kept in float if it is one unit."""
         worst = max(self._open, key=self._harm)
         del self._open[worst]
         if len(worst) == 1:
             self.kept.append(worst[0])
             return
         for half in (worst[: len(worst) // 2], worst[len(worst) // 2 :]):
-            self.told("sensitivity", min(len(self.measured) + 1, 2 * len(self.names)), 2 * len(self.names))
-            inside = frozenset(half)
-            others = tuple(name for name in self.names if name not in inside)
-            alone = replace(self.candidate, keep=(*self.candidate.keep, *others))
-            self.measured[half] = self._open[half] = self.trial.error(alone, _FEW)
+            self.told("sensitivity", min(len(self.measured) + 1, 2 * len(self._costs)), 2 * len(self._costs))
+            inside = _names(half)
+            self.measured[inside] = self._open[half] = self.trial.alone(self.candidate, self.names, inside)
+
+
+def _units(names: Sequence[str], together: Sequence[Unit]) -> tuple[Unit, ...]:
+    """`names` in their order, each alone or with those that it returns with."""
+    unit_of = {name: unit for unit in together for name in unit}
+    return tuple(dict.fromkeys(unit_of.get(name, (name,)) for name in names))
+
+
+def _names(units: Sequence[Unit]) -> tuple[str, ...]:
+    return tuple(name for unit in units for name in unit)
 
 
 def _tried_again(
-    trial: Trial, candidate: Quantizer, kept: Sequence[str], error: float
-) -> tuple[tuple[str, ...], float]:
+    trial: Trial, candidate: Quantizer, kept: Sequence[Unit], error: float
+) -> tuple[tuple[Unit, ...], float]:
     """`kept` without those of the least harmful that the bound allows in int8 after all."""
     left = list(kept)
-    for name in kept[: -_TRIED_AGAIN - 1 : -1] if len(kept) > 1 else []:
-        without = [other for other in left if other != name]
-        found = trial.error(replace(candidate, keep=(*candidate.keep, *without)))
+    for unit in kept[: -_TRIED_AGAIN - 1 : -1] if len(kept) > 1 else []:
+        without = [other for other in left if other != unit]
+        found = trial.error(replace(candidate, keep=(*candidate.keep, *_names(without))))
         if found <= candidate.max_error:
             left, error = without, found
     return tuple(left), error

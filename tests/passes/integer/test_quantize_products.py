@@ -118,6 +118,24 @@ def test_with_a_scale_per_row_a_large_row_takes_no_resolution_from_the_others() 
     assert errors[1] < 0.02 < 0.2 < errors[0]
 
 
+def test_only_the_products_named_get_scales_per_row() -> None:
+    model = parse(
+        f"""g (float[5,{K}] x, float[{K},{N}] v, float[{K},{N}] w) => (float[5,{N}] y, float[5,{N}] z) {{
+        y = MatMul(x, v) z = MatMul(x, w) }}""",
+        {"v": W, "w": W},
+    )
+    for node, name in zip((n for n in model.graph if n.op_type == "MatMul"), ("plain", "rows"), strict=True):
+        node.name = name
+    apply(model, QuantizeProducts(row_scaled=("rows",)))
+    x = RNG.standard_normal((5, K)).astype(np.float32)
+    x[3] *= 300
+    small = [0, 1, 2, 4]
+    plain, rows = (
+        np.linalg.norm((found - x @ W)[small]) / np.linalg.norm((x @ W)[small]) for found in run(model, {"x": x})
+    )
+    assert rows < 0.02 < 0.2 < plain and ops(model).count("Div") == 1
+
+
 def gelu(x: np.ndarray) -> np.ndarray:
     return (x / (1 + np.exp(-1.702 * x))).astype(np.float32)
 
