@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.channel_axis import operands
+from xform.graph.channel_axis import VIEWS, operands
 from xform.graph.streams import Writer
 from xform.graph.values import Array, attribute, constant, display_name, is_op
 from xform.passes.reparameterize import linear_map
-from xform.passes.reparameterize.channel_path import VIEWS, Affine, affine_of, rebuild
+from xform.passes.reparameterize.channel_path import Affine, affine_of, rebuild
 from xform.passes.reparameterize.linear_map import LinearMap, narrowed, overflows
 from xform.rewrite.builder import Builder
 

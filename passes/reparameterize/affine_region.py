@@ -22,10 +22,10 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph import dims
+from xform.graph.channel_axis import VIEWS, axis_before
 from xform.graph.values import Array, attribute, display_name, is_op, rank_of, shape_of
 from xform.passes.reparameterize.affine_map import AffineMap, add, compose, identity, scaling, without_shift
 from xform.passes.reparameterize.affine_read import DENSE, OPERATORS, channels_of, outputs_of, read
-from xform.passes.reparameterize.channel_path import VIEWS, axis_before
 from xform.passes.reparameterize.constant_expression import expression
 
 ASSUMED_SIZE = 16  # of a symbolic dim, for costs

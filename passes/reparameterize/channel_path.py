@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.dims import product_of_sizes
+from xform.graph.channel_axis import VIEWS, axis_after
 from xform.graph.values import Array, attribute, attributes_of, constant, is_op, rank_of, shape_of
 from xform.passes.reparameterize.constant_expression import evaluate
 from xform.rewrite.builder import Builder
 
 COMMUTING = ("ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool", "Resize", "Slice", "Gather", "Pad")
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 
 
@@ -33,32 +32,6 @@ class Affine:
     def after(self, inner: Affine) -> Affine:
         """self(inner(z))."""
         return Affine(self.a * inner.a, self.a * inner.c + self.c)
-
-
-def axis_before(node: ir.Node, axis: int) -> int | None:
-    """Where the axis `axis` of the output of a Transpose or view is in its operand; None if it does not survive."""
-    return _moved(node, axis, node.outputs[0], node.inputs[0], outward=False)
-
-
-def axis_after(node: ir.Node, axis: int) -> int | None:
-    """Where the axis `axis` of the operand of a Transpose or view is in its output; None if it does not survive."""
-    return _moved(node, axis, node.inputs[0], node.outputs[0], outward=True)
-
-
-def _moved(node: ir.Node, axis: int, start: ir.Value | None, end: ir.Value | None, *, outward: bool) -> int | None:
-    here, there = shape_of(start), shape_of(end)
-    if here is None or there is None or not 0 <= axis < len(here):
-        return None
-    if is_op(node, "Transpose"):
-        perm = attribute(node, "perm") or list(reversed(range(len(here))))
-        return list(perm).index(axis) if outward else int(perm[axis])
-    if not is_op(node, *VIEWS) or not isinstance(here[axis], int):
-        return None
-    inner = product_of_sizes(here[axis + 1 :])
-    for index, size in enumerate(there):
-        if size == here[axis] and inner is not None and product_of_sizes(there[index + 1 :]) == inner:
-            return index
-    return None
 
 
 def axis_through(node: ir.Node, value: ir.Value, axis: int, affine: Affine) -> int | None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph.channel_axis import VIEWS, axis_before
 from xform.graph.values import Array, display_name, is_op, used_once
 from xform.passes.reparameterize import channel_path, linear_map
 from xform.passes.reparameterize.channel_path import Affine
@@ -139,8 +140,8 @@ def _into_producer(norm: BatchNorm) -> _Fold | str:
             return f"its operand {value.name if value is not None else ''} is no result of an operator"
         if is_op(node, *linear_map.OPERATORS):
             break
-        if is_op(node, "Transpose", *channel_path.VIEWS):
-            before = channel_path.axis_before(node, axis)
+        if is_op(node, "Transpose", *VIEWS):
+            before = axis_before(node, axis)
             if before is None:
                 return f"{node.op_type} does not keep the channels as one axis"
             views.insert(0, node)
@@ -202,7 +203,7 @@ def _into_reader(norm: BatchNorm, reader: ir.Node) -> _Fold | str:
     views: list[ir.Node] = []
     absorbed = [norm.node]
     while not is_op(node, *linear_map.OPERATORS):
-        if is_op(node, "Transpose", *channel_path.VIEWS, *channel_path.COMMUTING) and node.inputs[0] is value:
+        if is_op(node, "Transpose", *VIEWS, *channel_path.COMMUTING) and node.inputs[0] is value:
             after = channel_path.axis_through(node, value, axis, affine)
             if after is None:
                 return f"{node.op_type} does not commute with a factor and a shift per channel"

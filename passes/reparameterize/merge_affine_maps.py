@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from xform.graph.channel_axis import VIEWS, axis_after
 from xform.graph.values import is_op, used_once
 from xform.passes.reparameterize import affine_build
 from xform.passes.reparameterize.adapters import NonlinearAdapter
@@ -48,7 +49,7 @@ from xform.passes.reparameterize.affine_region import (
     saved_cost,
 )
 from xform.passes.reparameterize.bias_padding import BiasPadding
-from xform.passes.reparameterize.channel_path import VIEWS, affine_of, axis_after
+from xform.passes.reparameterize.channel_path import affine_of
 from xform.passes.reparameterize.fold_batch_norm import FoldIntoLinear
 from xform.passes.reparameterize.join_attention import JoinAttention
 from xform.passes.reparameterize.join_branches import WidenFeedForward

@@ -22,6 +22,32 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataTy
 Operands = Mapping[int, int] | str
 
 
+def axis_before(node: ir.Node, axis: int) -> int | None:
+    """Where the axis `axis` of the output of a Transpose or view is in its operand; None if it does not survive."""
+    return _moved(node, axis, node.outputs[0], node.inputs[0], outward=False)
+
+
+def axis_after(node: ir.Node, axis: int) -> int | None:
+    """Where the axis `axis` of the operand of a Transpose or view is in its output; None if it does not survive."""
+    return _moved(node, axis, node.inputs[0], node.outputs[0], outward=True)
+
+
+def _moved(node: ir.Node, axis: int, start: ir.Value | None, end: ir.Value | None, *, outward: bool) -> int | None:
+    here, there = shape_of(start), shape_of(end)
+    if here is None or there is None or not 0 <= axis < len(here):
+        return None
+    if is_op(node, "Transpose"):
+        perm = attribute(node, "perm") or list(reversed(range(len(here))))
+        return list(perm).index(axis) if outward else int(perm[axis])
+    if not is_op(node, *VIEWS) or not isinstance(here[axis], int):
+        return None
+    inner = product_of_sizes(here[axis + 1 :])
+    for index, size in enumerate(there):
+        if size == here[axis] and inner is not None and product_of_sizes(there[index + 1 :]) == inner:
+            return index
+    return None
+
+
 def operands(node: ir.Node, axis: int, output: int = 0) -> Operands:
     """The operands that carry the channels of an output, and on which of their axes.
 
@@ -128,22 +154,9 @@ def _cast(node: ir.Node, axis: int) -> Operands:
     return {0: axis} if floats else "Cast is not between floats"
 
 
-def _view(node: ir.Node, axis: int) -> Operands:
-    """The axis whose size and whose number of elements behind it are the same before and after."""
-    before, after = shape_of(node.inputs[0]), shape_of(node.outputs[0])
-    if before is None or after is None:
-        return f"the rank of {node.op_type} is unknown"
-    behind = product_of_sizes(after[axis + 1 :])
-    for index, size in enumerate(before):
-        if size == after[axis] and behind is not None and product_of_sizes(before[index + 1 :]) == behind:
-            return {0: index}
-    return f"{node.op_type} does not keep the channels as one axis"
-
-
-def _transpose(node: ir.Node, axis: int) -> Operands:
-    rank = rank_of(node.outputs[0]) or 0
-    perm = attribute(node, "perm") or list(reversed(range(rank)))
-    return {0: int(perm[axis])}
+def _layout(node: ir.Node, axis: int) -> Operands:
+    inner = axis_before(node, axis)
+    return f"{node.op_type} does not keep the channels as one axis" if inner is None else {0: inner}
 
 
 def _expand(node: ir.Node, axis: int) -> Operands:
@@ -231,8 +244,7 @@ _RULES: dict[str, Callable[[ir.Node, int], Operands]] = {
     "Mul": _scaled,
     "Div": _scaled,
     "Where": _where,
-    **dict.fromkeys(VIEWS, _view),
-    "Transpose": _transpose,
+    **dict.fromkeys((*VIEWS, "Transpose"), _layout),
     "Expand": _expand,
     "Gather": _gather,
     "GatherND": _gather_nd,
