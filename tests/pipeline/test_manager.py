@@ -13,6 +13,7 @@ from xform.errors import UsageError, VerificationError
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.oracle import run_model
 from xform.rewrite.passes import Pass, PassContext
+from xform.rewrite.remarks import Remark
 
 
 def ops(model: ir.Model) -> list[str]:
@@ -101,6 +102,26 @@ def test_interrupt_passes_through(planted):
 
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(planted.chain(), [Interrupted()])
+
+
+def test_what_a_second_run_of_a_pass_matches_is_not_told_as_missed(planted):
+    @dataclass(frozen=True)
+    class Twice(Pass):
+        """Nearly matches at first, and matches one of two places the second time."""
+
+        name: ClassVar[str] = "twice"
+
+        def run(self, model: ir.Model, context: PassContext) -> bool:
+            first = not any(node.op_type == "Sum" for node in model.graph)
+            for node in ("a", "b"):
+                verdict = "missed" if first or node == "b" else "applied"
+                context.remarks.add(Remark(self.name, "rule", verdict, (node,), "told"))
+            return False
+
+    found = run_pipeline(planted.chain(), [Twice(), planted.AddToSum(), Twice()], verify="off")
+    told = [(r.verdict, r.nodes) for r in found.remarks if r.pass_name == "twice"]
+    assert told == [("applied", ("a",)), ("missed", ("b",))]
+    assert [r.missed for r in found.passes if r.name == "twice"] == [2, 1]
 
 
 def test_error_within_the_users_tolerance_is_accepted(planted):

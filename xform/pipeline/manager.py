@@ -265,7 +265,9 @@ class _Run:
 
     def _accept(self, result: PipelineResult, outcome: _Outcome) -> None:
         result.passes.append(outcome.report)
-        result.remarks.remarks.extend(outcome.remarks)
+        # what a pass nearly matched in an earlier run, it has met again, or something else has taken its place
+        told = [r for r in result.remarks if (r.pass_name, r.verdict) != (outcome.report.name, "missed")]
+        result.remarks.remarks[:] = [*told, *outcome.remarks]
         result.statistics = self.statistics
 
     def _roll_back(
