@@ -24,7 +24,7 @@ from xform.passes.cleanup import (
     SimplifyLayout,
 )
 from xform.passes.fuse import AbsorbChannelShuffle, AbsorbTransposes, PackProducts, SplitChannelMultiplier
-from xform.passes.integer import QuantizeProducts, QuantizeStatic, ScaleChannels
+from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import (
     AbsorbNormAffine,
     CompressRMSNorm,
@@ -67,6 +67,7 @@ PASSES: dict[str, type[Pass]] = {
         AbsorbTransposes,
         PackProducts,
         # integer
+        ApproximateGelu,
         QuantizeProducts,
         QuantizeStatic,
         ScaleChannels,

@@ -3,9 +3,9 @@
 Measured (docs/onnxruntime-notes.md): the opset-23 kernel and `MatMul, Softmax, MatMul` take the same time, and
 com.microsoft's MultiHeadAttention without a mask is faster (its flash kernel, 10 to 20 %). The kernel of opset 23 also
 refuses masks that broadcast over queries. Fastest is com.microsoft's Attention, which takes the projections in; see
-`attention_packed`. So an attention becomes, in this order, packed Attention where its projections allow,
-MultiHeadAttention where it has no mask, and else it is written out so that ONNX Runtime fuses the transpose and the
-scale into the first product:
+`attention_packed`, and with projections in int8 QAttention, which does the same (`attention_integer`). So an attention
+becomes, in this order, packed Attention or QAttention where its projections allow, MultiHeadAttention where it has no
+mask, and else it is written out so that ONNX Runtime fuses the transpose and the scale into the first product:
 
     Y = Softmax(softcap(scale * Q K^T) + bias) V
 
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from xform.backends.onnxruntime.attention_integer import FORM as INTEGER_FORM
+from xform.backends.onnxruntime.attention_integer import integer_attention
 from xform.backends.onnxruntime.attention_mask import Bias, Lengths, is_neutral, make_bias
 from xform.backends.onnxruntime.attention_packed import FORM, packed_attention
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
@@ -71,6 +73,10 @@ def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str]) -> bo
         packed = packed_attention(site, attention)
         if packed is not None:
             _deliver(site, *packed, form=FORM)
+            return True
+        integer = integer_attention(site, attention)
+        if integer is not None:
+            _deliver(site, *integer, form=INTEGER_FORM)
             return True
     if "multi_head" in forms and attention.plain and not extra and _multi_head(site, attention):
         return True

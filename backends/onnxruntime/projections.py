@@ -9,7 +9,7 @@ offline and the layout operators vanish.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -40,18 +40,74 @@ class Projection:
 
 def read_projection(value: ir.Value) -> Projection | None:
     """`value` [B, H, S, D] as a projection; None if it is none, or its dims are unknown."""
-    chain: list[tuple[ir.Node, ir.Value]] = []
+    layer, chain = _before_layout(value)
+    linear = None if layer is None else _read_linear(layer)
+    order = None if layer is None or linear is None else _order_of_columns(layer, chain, value)
+    if linear is None or order is None:
+        return None
+    source, weight, bias, nodes = linear
+    return Projection(source, weight[:, order], bias[order], (*nodes, *(n for n, _ in chain)))
+
+
+@dataclass(frozen=True)
+class IntegerProjection:
+    """[B, H, S, D] as columns of a product in integers, X W ~ (Xq - z) Wq (s t) + b.
+
+    Attributes:
+        source: Xq, uint8 [B, S, C].
+        scale: s, float32 scalar.
+        zero: z, uint8 scalar.
+        codes: Wq, int8 [C, H * D], the columns in the order of heads.
+        steps: t, float32 [H * D].
+        bias: b, float32 [H * D].
+        nodes: The nodes that it takes the place of.
+    """
+
+    source: ir.Value
+    scale: ir.Value
+    zero: ir.Value
+    codes: Array
+    steps: Array
+    bias: Array
+    nodes: tuple[ir.Node, ...]
+
+
+def read_integer_projection(value: ir.Value) -> IntegerProjection | None:
+    """`value` [B, H, S, D] as a projection in integers, as `quantize_products` writes it; None if it is none."""
+    layer, chain = _before_layout(value)
+    found = None if layer is None else _read_integer_linear(layer)
+    order = None if layer is None or found is None else _order_of_columns(layer, chain, value)
+    if found is None or order is None:
+        return None
+    return replace(
+        found,
+        codes=found.codes[:, order],
+        steps=found.steps[order],
+        bias=found.bias[order],
+        nodes=(*found.nodes, *(n for n, _ in chain)),
+    )
+
+
+_Chain = list[tuple[ir.Node, ir.Value]]  # layout operators from the first, each with its output
+
+
+def _before_layout(value: ir.Value) -> tuple[ir.Value | None, _Chain]:
+    """What layout operators make `value` of, and these."""
+    chain: _Chain = []
     at = value
     while (node := at.producer()) is not None and is_op(node, *_LAYOUT):
         chain.insert(0, (node, at))
         if node.inputs[0] is None:
-            return None
+            return None, chain
         at = node.inputs[0]
-    linear = _read_linear(at)
-    shape, result = shape_of(at), shape_of(value)
-    if linear is None or shape is None or result is None or len(result) != 4:
+    return at, chain
+
+
+def _order_of_columns(layer: ir.Value, chain: _Chain, value: ir.Value) -> Array | None:
+    """Which column of `layer` each (head, element) of `value` [B, H, S, D] is, [H * D]; None if it is none."""
+    shape, result = shape_of(layer), shape_of(value)
+    if shape is None or result is None or len(result) != 4:
         return None
-    source, weight, bias, nodes = linear
     sizes = _numbers(shape, result)
     if sizes is None:
         return None
@@ -66,10 +122,8 @@ def read_projection(value: ir.Value) -> Projection | None:
     if batch * tokens != rows or not np.array_equal(indices // columns, np.broadcast_to(expected, indices.shape)):
         return None
     picked = indices % columns
-    order = picked[0, :, 0, :].reshape(-1)
-    if not (picked == order.reshape(1, heads, 1, size)).all():
-        return None
-    return Projection(source, weight[:, order], bias[order], (*nodes, *(n for n, _ in chain)))
+    order: Array = picked[0, :, 0, :].reshape(-1)
+    return order if (picked == order.reshape(1, heads, 1, size)).all() else None
 
 
 def _numbers(*shapes: tuple[int | str | None, ...]) -> list[tuple[int, ...]] | None:
@@ -102,6 +156,41 @@ def _read_linear(value: ir.Value) -> tuple[ir.Value, Array, Array, tuple[ir.Node
     if weight is None or weight.ndim != 2:
         return None
     return node.inputs[0], weight, np.zeros(weight.shape[1], weight.dtype), (node,)
+
+
+def _read_integer_linear(value: ir.Value) -> IntegerProjection | None:
+    """Add(Mul(Cast(MatMulInteger(Xq, Wq, z)), Mul(s, t)), b), the Add left out where there is no bias."""
+    offsets, scaled = None, value.producer()
+    if scaled is not None and is_op(scaled, "Add"):
+        for product, bias in ((scaled.inputs[0], scaled.inputs[1]), (scaled.inputs[1], scaled.inputs[0])):
+            if product is not None and (offsets := constant(bias)) is not None:
+                add, scaled = scaled, product.producer()
+                break
+        else:
+            return None
+        outer: tuple[ir.Node, ...] = (add,)
+    else:
+        outer = ()
+    if scaled is None or not is_op(scaled, "Mul"):
+        return None
+    cast, factor = (None if v is None else v.producer() for v in scaled.inputs)
+    product_node = cast.inputs[0].producer() if cast is not None and is_op(cast, "Cast") and cast.inputs[0] else None
+    if product_node is None or not is_op(product_node, "MatMulInteger") or factor is None or not is_op(factor, "Mul"):
+        return None
+    codes = constant(product_node.inputs[1])
+    scale, steps = factor.inputs[0], constant(factor.inputs[1])
+    zero = product_node.inputs[2] if len(product_node.inputs) == 3 else None  # a fourth would be that of the weight
+    source = product_node.inputs[0]
+    if codes is None or codes.dtype != np.int8 or codes.ndim != 2 or steps is None or steps.shape != codes.shape[1:]:
+        return None
+    if source is None or source.dtype is not ir.DataType.UINT8 or scale is None or zero is None or shape_of(scale):
+        return None
+    bias_of = np.zeros(steps.shape, np.float32) if offsets is None else offsets
+    if bias_of.size != steps.size or bias_of.shape[-1:] != steps.shape:
+        return None
+    assert cast is not None
+    nodes = (*outer, scaled, cast, factor, product_node)
+    return IntegerProjection(source, scale, zero, codes, steps, bias_of.reshape(-1), nodes)
 
 
 def _apply(node: ir.Node, output: ir.Value, x: Array) -> Array | None:

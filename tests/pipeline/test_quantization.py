@@ -10,7 +10,7 @@ import pytest
 from support import declared, parse
 
 import xform
-from xform.passes.integer import QuantizeProducts, QuantizeStatic, ScaleChannels
+from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import LayerWiseScales, MigrateScales
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.presets import INT8
@@ -52,7 +52,7 @@ def test_each_backend_gets_its_form_with_what_was_asked_for() -> None:
     found = quantization(net(), images(), asked)
     dynamic, static = found.form_for("onnxruntime"), found.form_for("openvino")
     assert (dynamic.name, static.name) == ("dynamic", "static")
-    assert dynamic.passes == (asked,)
+    assert dynamic.passes == (ApproximateGelu(), asked)
     (one,) = static.passes
     assert isinstance(one, QuantizeStatic) and one.ranges
     assert (one.keep, one.weight_bits, one.max_error) == (("none",), 8, 0.5)

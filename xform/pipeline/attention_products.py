@@ -1,8 +1,8 @@
 """Products that a fused attention takes in: its projections, where one input makes queries, keys and values.
 
-Runtimes run such a block in one operator (`com.microsoft.Attention`) while its projections are in float. In int8 they
-are products of their own, with sums of biases and transposes beside them, so int8 saves less there than elsewhere; and
-only all of them together in float give the operator back.
+Runtimes run such a block in one operator where all of its projections are in float (`com.microsoft.Attention`) or all
+in int8 (`com.microsoft.QAttention`). Otherwise they are products of their own, with sums of biases and transposes
+beside them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Runtimes differ in what they run fast. ONNX Runtime has products that find the range of their input at run time
 (`quantize_products`, "dynamic") and no fast convolution of the kind; OpenVINO runs convolutions and, with dot-product
 instructions, products with calibrated ranges (`quantize_static`, "static"). So each backend gets the form that suits
-it, from the same calibration batches and under the same bound, and where several compete, the clock decides.
+it, from the same calibration batches and under the same bound, and where several compete, the clock decides. The
+dynamic form has GELU by tanh (`approximate_gelu`), which ONNX Runtime runs faster and OpenVINO slower.
 
 Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
 them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
@@ -24,7 +25,7 @@ import onnx_ir as ir
 
 from xform.graph.clone import clone
 from xform.graph.values import display_name, is_op
-from xform.passes.integer import QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
+from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.integer.quantize_products import outliers
 from xform.passes.integer.scale_channels import Factors
 from xform.passes.normalize import LayerWiseScales, MigrateScales
@@ -98,6 +99,8 @@ class Quantization:
     def _find(self, name: str) -> Form:
         candidate = self._candidate(name, self._plain.model)
         tried = _Tried((), self._plain, candidate, self._plain.error(candidate))
+        if name == "dynamic":
+            tried = self._after(name, tried, ApproximateGelu()) or tried
         remarks: list[Remark] = []
         if tried.error > candidate.max_error and not self._ranges_given:
             tried = self._migrated(name, tried, remarks)
@@ -119,7 +122,7 @@ class Quantization:
 
     def _migrated(self, name: str, plain: _Tried, remarks: list[Remark]) -> _Tried:
         """What lowers the error most, or nothing: first by norms, which is free, then by operators of its own."""
-        ranges = norm_ranges(self.exact, self._batches)
+        ranges = norm_ranges(plain.trial.model, self._batches)
         best, errors = plain, [f"as it is {plain.error:.3g}"]
 
         def try_(label: str, start: _Tried, found: _Tried | None) -> None:
@@ -144,7 +147,7 @@ class Quantization:
                 try_(label, start, self._after(name, start, ScaleChannels(factors)))
             if best.error > best.candidate.max_error:
                 try_(*self._with_rows(name, start, best, factors))
-        told = [one.name for one in best.moved]
+        told = [one.name for one in best.moved[len(plain.moved) :]]
         rows = best.candidate.row_scaled if isinstance(best.candidate, QuantizeProducts) else ()
         told += [f"scales per row in {len(rows)} products"] if rows else []
         for label, change in self._refinements(best):

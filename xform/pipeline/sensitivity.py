@@ -7,8 +7,8 @@ similarity of 0.995 between outputs corresponds to 0.1.
 
 The worst ones are those with the largest squared error for their operations, as errors of parts add up in squares,
 about, and time in float by operations: a small product goes before one of four times its size that hurts as much. The
-projections of an attention return together, since only then the runtime has its fused operator again, and count half:
-int8 saves less there (`xform.pipeline.attention_products`; MiniLM-L6 on two threads: nothing, 2026-11-22).
+projections of an attention return together, since the runtime's fused operators want all of them in float or all in
+int8 (`xform.pipeline.attention_products`).
 
 They are found by halving: the part in which such a unit may be (all its error in its smallest unit) is split and both
 halves are measured alone, until it is one unit, which returns to float. Parts that do little are never split, so a few
@@ -37,7 +37,6 @@ from xform.rewrite.passes import PassContext
 
 _FEW = 2  # batches that parts are measured on: only their order matters
 _TRIED_AGAIN = 6  # units in float that are tried in int8 once more
-_ABSORBED = 0.5  # of its operations, what a projection in float costs where a fused attention takes it in
 
 Unit = tuple[str, ...]  # original names of nodes that return to float together
 Progress = Callable[[str, int, int], None]
@@ -115,7 +114,7 @@ class Trial:
         return {name: count_node(node, sizes).flops or 1 for name, node in nodes if name in names}
 
     def together(self) -> list[Unit]:
-        """Original names of nodes that only all together make the runtime faster in float."""
+        """Original names of nodes that the runtime runs faster where all of them are in one kind of numbers."""
         return attention_products(self.model)
 
 
@@ -149,13 +148,10 @@ class _Halving:
         self.told = told
         self.kept: list[Unit] = []
         self.measured: dict[tuple[str, ...], float] = {}
-        absorbed = [unit for unit in trial.together() if set(unit) <= set(names)]
-        units = _units(names, absorbed)
+        units = _units(names, [unit for unit in trial.together() if set(unit) <= set(names)])
         self._open = {units: float("inf")}  # parts in int8, with their error alone
         operations = trial.operations(names)
-        self._costs = {
-            unit: sum(operations[name] for name in unit) * (_ABSORBED if unit in absorbed else 1) for unit in units
-        }
+        self._costs = {unit: sum(operations[name] for name in unit) for unit in units}
 
     def run(self, before: float) -> tuple[list[Unit], float]:
         """What returns to float, worst first, and the error that remains."""
