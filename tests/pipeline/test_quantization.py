@@ -12,6 +12,7 @@ from support import declared, parse
 import xform
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import LayerWiseScales, MigrateScales
+from xform.pipeline.calibration import activation_ranges
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.presets import INT8
 from xform.pipeline.quantization import Quantization
@@ -156,3 +157,18 @@ def test_scales_per_row_are_where_they_spare_more_than_a_share_of_the_bound() ->
     assert isinstance(quantizer, QuantizeProducts)
     assert (quantizer.row_scaled, quantizer.keep) == (("uneven",), ())
     assert "scales per row in 1 products" in found.remarks[0].reason
+
+
+@pytest.mark.parametrize(("operations", "measured"), [(1e18, 5), (0, 2), (3.5, 3)])
+def test_errors_are_measured_on_as_many_batches_as_one_can_afford(
+    operations: float, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xform.graph.count import count
+    from xform.pipeline import quantization as module
+
+    monkeypatch.setattr(module, "_OPERATIONS", operations * count(net()).flops if operations < 10 else operations)
+    found = quantization(net(), images(5), QuantizeStatic())
+    assert len(found._plain.batches) == measured
+    (one,) = found.form_for("openvino").passes
+    seen = activation_ranges(found.exact, images(5))
+    assert isinstance(one, QuantizeStatic) and one.ranges == seen  # ranges are of all batches

@@ -24,6 +24,7 @@ from typing import Any
 import onnx_ir as ir
 
 from xform.graph.clone import clone
+from xform.graph.count import bindings_of, count
 from xform.graph.values import display_name, is_op
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.integer.quantize_products import outliers
@@ -40,6 +41,8 @@ from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import Remark
 
 _STATIC = frozenset({"openvino"})  # backends that run the static form fast
+_OPERATIONS = 2e11  # of one measurement of the error, a few seconds: a search needs a hundred
+_FEWEST = 2  # batches, however large
 _WORTH = 0.95  # of the error before: what a migration must reach, as it makes the graph no simpler
 
 Prepare = Callable[[Sequence[Pass]], ir.Model]  # runs passes on the captured graph
@@ -66,7 +69,7 @@ class Quantization:
     Args:
         passes: As requested, one of which quantizes.
         prepare: Runs passes on the captured graph.
-        batches: Calibration batches.
+        batches: Calibration batches: all of them for ranges, factors and rounding, the first ones for errors.
         progress: Called before every step.
     """
 
@@ -78,7 +81,8 @@ class Quantization:
         self._batches = batches
         self._progress = progress
         self.exact = prepare(passes[: self._place])
-        self._plain = Trial(self.exact, batches)
+        self._measured = _affordable(self.exact, batches)
+        self._plain = Trial(self.exact, self._measured)
         self._forms: dict[str, Form] = {}
         asked = self._passes[self._place]
         self._ranges_given = isinstance(asked, Quantizer) and bool(asked.ranges)  # of this graph, unchanged
@@ -234,7 +238,7 @@ class Quantization:
             return None
         products = isinstance(start.candidate, QuantizeProducts)
         candidate = start.candidate if products else self._candidate(name, model)  # which measures its ranges again
-        trial = Trial(model, self._batches, self._plain.expected)
+        trial = Trial(model, self._measured, self._plain.expected)
         return _Tried((*start.moved, one), trial, candidate, trial.error(candidate))
 
 
@@ -250,6 +254,16 @@ class _Tried:
     @property
     def variant(self) -> Variant:
         return self.trial, self.candidate
+
+
+def _affordable(model: ir.Model, batches: Sequence[Inputs]) -> Sequence[Inputs]:
+    """As many of the first batches as one measurement can afford."""
+    total = 0
+    for index, batch in enumerate(batches):
+        total += count(model, bindings_of(model, batch)).flops
+        if total > _OPERATIONS and index >= _FEWEST:
+            return batches[:index]
+    return batches
 
 
 def _input_of_products(model: ir.Model) -> dict[str, str]:
