@@ -34,12 +34,12 @@ MODES: tuple[TuneMode, ...] = ("off", "quick", "full")
 
 INPUT = "input"
 _MEASURABLE = ("onnxruntime", "openvino")  # backends whose artifacts `measure` can run
-_ROUNDS = {"quick": 5, "full": 7}
-_FINAL_ROUNDS = {"quick": 7, "full": 15}
-_SECONDS = {"quick": 0.15, "full": 0.4}  # of one candidate in one round
+_ROUNDS = {"quick": 5, "full": 9}
+_FINAL_ROUNDS = {"quick": 9, "full": 25}
+_SECONDS = {"quick": 0.15, "full": 0.25}  # of one candidate in one round: many short ones agree better than few long
 _NEAR = 0.9  # of the best speedup: what is faster than that may be the fastest in truth
-_SAME = 1.02  # a speedup below it is noise: between equals the first one stays
-_FORMAT = 2  # of a remembered decision
+_SAME = 1.01  # a speedup below it is noise: between equals the first one stays
+_FORMAT = 3  # of a remembered decision
 
 
 @dataclass(frozen=True)
