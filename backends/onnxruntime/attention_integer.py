@@ -76,11 +76,7 @@ def _one_source(site: Site, parts: list[IntegerProjection]) -> bool:
     first = parts[0]
     if any((p.source, p.scale, p.zero) != (first.source, first.scale, first.zero) for p in parts):
         return False
-    inside = {site.node, *(node for part in parts for node in part.nodes)}
-    if any(node.graph is not site.graph for node in inside):
-        return False
-    vanishing = [o for node in inside if node is not site.node for o in node.outputs]
-    return not any(v.is_graph_output() or any(u.node not in inside for u in v.uses()) for v in vanishing)
+    return site.takes_in(node for part in parts for node in part.nodes)
 
 
 @dataclass(frozen=True)

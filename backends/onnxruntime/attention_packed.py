@@ -80,11 +80,7 @@ def _one_source(site: Site, *parts: Projection) -> bool:
     """Whether all read one input, and nothing else reads what vanishes."""
     if any(part.source is not parts[0].source for part in parts):
         return False
-    inside = {site.node, *(node for part in parts for node in part.nodes)}
-    if any(node.graph is not site.graph for node in inside):
-        return False
-    vanishing = [o for node in inside if node is not site.node for o in node.outputs]
-    return not any(v.is_graph_output() or any(u.node not in inside for u in v.uses()) for v in vanishing)
+    return site.takes_in(node for part in parts for node in part.nodes)
 
 
 def _full(site: Site, bias: ir.Value, mask: ir.Value, a: Operands) -> ir.Value:

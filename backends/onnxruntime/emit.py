@@ -7,7 +7,7 @@ of one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,14 @@ class Site:
             self.emitter.model.graph.opset_imports[domain] = 1
         self.graph.insert_before(self.node, node)
         return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def takes_in(self, nodes: Iterable[ir.Node]) -> bool:
+        """Whether `nodes` are of this graph, and only they and the node here read what they give."""
+        inside = {self.node, *nodes}
+        if any(node.graph is not self.graph for node in inside):
+            return False
+        vanishing = [output for node in inside if node is not self.node for output in node.outputs]
+        return not any(v.is_graph_output() or any(u.node not in inside for u in v.uses()) for v in vanishing)
 
     def typed(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Give an emitted value the dtype of `like`."""
