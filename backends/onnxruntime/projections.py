@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -40,13 +41,11 @@ class Projection:
 
 def read_projection(value: ir.Value) -> Projection | None:
     """`value` [B, H, S, D] as a projection; None if it is none, or its dims are unknown."""
-    layer, chain = _before_layout(value)
-    linear = None if layer is None else _read_linear(layer)
-    order = None if layer is None or linear is None else _order_of_columns(layer, chain, value)
-    if linear is None or order is None:
+    read = _read_columns(value, _read_linear)
+    if read is None:
         return None
-    source, weight, bias, nodes = linear
-    return Projection(source, weight[:, order], bias[order], (*nodes, *(n for n, _ in chain)))
+    found, order, nodes = read
+    return replace(found, weight=found.weight[:, order], bias=found.bias[order], nodes=(*found.nodes, *nodes))
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,25 @@ class IntegerProjection:
 
 def read_integer_projection(value: ir.Value) -> IntegerProjection | None:
     """`value` [B, H, S, D] as a projection in integers, as `quantize_products` writes it; None if it is none."""
-    layer, chain = _before_layout(value)
-    found = None if layer is None else _read_integer_linear(layer)
-    order = None if layer is None or found is None else _order_of_columns(layer, chain, value)
-    if found is None or order is None:
+    read = _read_columns(value, _read_integer_linear)
+    if read is None:
         return None
-    return replace(
-        found,
-        codes=found.codes[:, order],
-        steps=found.steps[order],
-        bias=found.bias[order],
-        nodes=(*found.nodes, *(n for n, _ in chain)),
-    )
+    found, order, nodes = read
+    codes, steps, bias = found.codes[:, order], found.steps[order], found.bias[order]
+    return replace(found, codes=codes, steps=steps, bias=bias, nodes=(*found.nodes, *nodes))
 
 
+def _read_columns(
+    value: ir.Value, read_layer: Callable[[ir.Value], _Layer | None]
+) -> tuple[_Layer, Array, tuple[ir.Node, ...]] | None:
+    """The layer that layout operators make `value` of, the order of its columns, and these operators."""
+    layer, chain = _before_layout(value)
+    found = None if layer is None else read_layer(layer)
+    order = None if layer is None or found is None else _order_of_columns(layer, chain, value)
+    return None if found is None or order is None else (found, order, tuple(node for node, _ in chain))
+
+
+_Layer = TypeVar("_Layer", Projection, IntegerProjection)
 _Chain = list[tuple[ir.Node, ir.Value]]  # layout operators from the first, each with its output
 
 
@@ -137,60 +141,52 @@ def _numbers(*shapes: tuple[int | str | None, ...]) -> list[tuple[int, ...]] | N
     return sizes if all(np.prod(shape) <= _MAX_INDICES for shape in sizes) else None
 
 
-def _read_linear(value: ir.Value) -> tuple[ir.Value, Array, Array, tuple[ir.Node, ...]] | None:
+def _read_linear(value: ir.Value) -> Projection | None:
     """MatMul(X, W) with an optional Add(_, b): X, W [C, N], b [N] and the nodes."""
+    product, bias, outer = _without_bias(value)
+    node = product.producer()
+    weight = constant(node.inputs[1]) if node is not None and is_op(node, "MatMul") else None
+    if node is None or weight is None or weight.ndim != 2 or node.inputs[0] is None:
+        return None
+    bias = np.zeros(weight.shape[1], weight.dtype) if bias is None else bias
+    if not bias.size == weight.shape[1] == bias.shape[-1]:
+        return None
+    return Projection(node.inputs[0], weight, bias.reshape(-1), (*outer, node))
+
+
+def _without_bias(value: ir.Value) -> tuple[ir.Value, Array | None, tuple[ir.Node, ...]]:
+    """What a constant is added to, the constant and the Add; or `value` itself."""
     node = value.producer()
-    if node is None:
-        return None
-    if is_op(node, "Add"):
+    if node is not None and is_op(node, "Add"):
         for product, bias in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            offsets, inner = constant(bias), None if product is None else product.producer()
-            if offsets is not None and inner is not None and is_op(inner, "MatMul"):
-                found = _read_linear(inner.outputs[0])
-                if found is not None and offsets.size == found[1].shape[1] == offsets.shape[-1]:
-                    return found[0], found[1], offsets.reshape(-1), (node, *found[3])
-        return None
-    if not is_op(node, "MatMul") or node.inputs[0] is None:
-        return None
-    weight = constant(node.inputs[1])
-    if weight is None or weight.ndim != 2:
-        return None
-    return node.inputs[0], weight, np.zeros(weight.shape[1], weight.dtype), (node,)
+            array = constant(bias)
+            if product is not None and array is not None and array.ndim:
+                return product, array, (node,)
+    return value, None, ()
 
 
 def _read_integer_linear(value: ir.Value) -> IntegerProjection | None:
     """Add(Mul(Cast(MatMulInteger(Xq, Wq, z)), Mul(s, t)), b), the Add left out where there is no bias."""
-    offsets, scaled = None, value.producer()
-    if scaled is not None and is_op(scaled, "Add"):
-        for product, bias in ((scaled.inputs[0], scaled.inputs[1]), (scaled.inputs[1], scaled.inputs[0])):
-            if product is not None and (offsets := constant(bias)) is not None:
-                add, scaled = scaled, product.producer()
-                break
-        else:
-            return None
-        outer: tuple[ir.Node, ...] = (add,)
-    else:
-        outer = ()
+    product, bias, outer = _without_bias(value)
+    scaled = product.producer()
     if scaled is None or not is_op(scaled, "Mul"):
         return None
     cast, factor = (None if v is None else v.producer() for v in scaled.inputs)
-    product_node = cast.inputs[0].producer() if cast is not None and is_op(cast, "Cast") and cast.inputs[0] else None
-    if product_node is None or not is_op(product_node, "MatMulInteger") or factor is None or not is_op(factor, "Mul"):
+    if cast is None or not is_op(cast, "Cast") or cast.inputs[0] is None or factor is None or not is_op(factor, "Mul"):
         return None
-    codes = constant(product_node.inputs[1])
-    scale, steps = factor.inputs[0], constant(factor.inputs[1])
-    zero = product_node.inputs[2] if len(product_node.inputs) == 3 else None  # a fourth would be that of the weight
-    source = product_node.inputs[0]
+    sums = cast.inputs[0].producer()
+    if sums is None or not is_op(sums, "MatMulInteger") or len(sums.inputs) != 3:  # a fourth is a zero of the weight
+        return None
+    source, zero, scale = sums.inputs[0], sums.inputs[2], factor.inputs[0]
+    codes, steps = constant(sums.inputs[1]), constant(factor.inputs[1])
     if codes is None or codes.dtype != np.int8 or codes.ndim != 2 or steps is None or steps.shape != codes.shape[1:]:
         return None
     if source is None or source.dtype is not ir.DataType.UINT8 or scale is None or zero is None or shape_of(scale):
         return None
-    bias_of = np.zeros(steps.shape, np.float32) if offsets is None else offsets
-    if bias_of.size != steps.size or bias_of.shape[-1:] != steps.shape:
+    bias = np.zeros(steps.shape, np.float32) if bias is None else bias
+    if bias.size != steps.size or bias.shape[-1:] != steps.shape:
         return None
-    assert cast is not None
-    nodes = (*outer, scaled, cast, factor, product_node)
-    return IntegerProjection(source, scale, zero, codes, steps, bias_of.reshape(-1), nodes)
+    return IntegerProjection(source, scale, zero, codes, steps, bias.reshape(-1), (*outer, scaled, cast, factor, sums))
 
 
 def _apply(node: ir.Node, output: ir.Value, x: Array) -> Array | None:
