@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import onnx_ir as ir
 
 from xform.graph.clone import clone
 from xform.graph.count import bindings_of, count
-from xform.graph.values import display_name, is_op
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.integer.quantize_products import outliers
 from xform.passes.integer.scale_channels import Factors
@@ -102,7 +102,7 @@ class Quantization:
 
     def _find(self, name: str) -> Form:
         candidate = self._candidate(name, self._plain.model)
-        tried = _Tried((), self._plain, candidate, self._plain.error(candidate))
+        tried = _Tried((), self._plain, candidate)
         if name == "dynamic":
             tried = self._after(name, tried, ApproximateGelu()) or tried
         remarks: list[Remark] = []
@@ -150,14 +150,15 @@ class Quantization:
                 label = f"factors for {len(factors)} activations"
                 try_(label, start, self._after(name, start, ScaleChannels(factors)))
             if best.error > best.candidate.max_error:
-                try_(*self._with_rows(name, start, best, factors))
+                label, found = self._with_rows(name, start, best, factors)
+                try_(label, best, found)
         told = [one.name for one in best.moved[len(plain.moved) :]]
         rows = best.candidate.row_scaled if isinstance(best.candidate, QuantizeProducts) else ()
         told += [f"scales per row in {len(rows)} products"] if rows else []
         for label, change in self._refinements(best):
             if best.error > best.candidate.max_error:
                 before, refined = best, replace(best.candidate, **change(best))
-                try_(label, best, _Tried(best.moved, best.trial, refined, best.trial.error(refined)))
+                try_(label, best, replace(best, candidate=refined))
                 told += [label] if best is not before else []
         reason = (
             f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
@@ -170,10 +171,8 @@ class Quantization:
         per_row = isinstance(candidate, QuantizeProducts) and candidate.per_row
         return channel_factors(start.trial.model, self._batches, candidate.weight_bits, per_row=per_row)
 
-    def _with_rows(
-        self, name: str, start: _Tried, single: _Tried, factors: Factors
-    ) -> tuple[str, _Tried, _Tried | None]:
-        """`single` with scales per row where they pay: a label, what it has to beat, and the result.
+    def _with_rows(self, name: str, start: _Tried, single: _Tried, factors: Factors) -> tuple[str, _Tried | None]:
+        """`single` with scales per row where they pay, and what was done.
 
         Args:
             start: Before factors per channel.
@@ -181,28 +180,26 @@ class Quantization:
         """
         label = "scales per row"
         if not isinstance(start.candidate, QuantizeProducts) or start.candidate.per_row:
-            return label, single, None
+            return label, None
         factors = factors if single is not start else {}
         candidate = replace(start.candidate, per_row=True)
         of_rows = self._factors(start, candidate)
         everywhere = self._scaled(name, replace(start, candidate=candidate), of_rows)
-        groups = products_by_input(start.trial, candidate)
-        paying = where_it_pays(single.variant, everywhere.variant, groups, self._progress)
+        inputs = products_by_input(start.trial, candidate)
+        paying = where_it_pays(single.variant, everywhere.variant, inputs, self._progress)
         if not paying:
-            return label, single, None
-        names = tuple(product for group in paying for product in group)
-        value_of = _input_of_products(start.trial.model)
-        inputs = {value_of[product] for product in names}
-        chosen = {value: found for value, found in factors.items() if value not in inputs}
-        chosen |= {value: found for value, found in of_rows.items() if value in inputs}
+            return label, None
+        names = tuple(product for products in paying.values() for product in products)
+        chosen = {value: found for value, found in factors.items() if value not in paying}
+        chosen |= {value: found for value, found in of_rows.items() if value in paying}
         label = f"scales per row in {len(names)} products, factors for {len(chosen)} activations"
         candidate = replace(start.candidate, row_scaled=names)
-        return label, single, self._scaled(name, replace(start, candidate=candidate), chosen)
+        return label, self._scaled(name, replace(start, candidate=candidate), chosen)
 
     def _scaled(self, name: str, start: _Tried, factors: Factors) -> _Tried:
-        """`start` with factors per channel, and its error."""
+        """`start` with factors per channel, where there are any."""
         found = self._after(name, start, ScaleChannels(factors)) if factors else None
-        return found or replace(start, error=start.trial.error(start.candidate))
+        return found or start
 
     def _refinements(self, start: _Tried) -> list[tuple[str, Callable[[_Tried], dict[str, Any]]]]:
         """Options of products that lower their error, from the cheapest at run time to the dearest to find."""
@@ -222,10 +219,10 @@ class Quantization:
         ranges = channel_ranges(at.trial.model, self._batches)
         plain = {value: span for value, span in ranges.items() if not len(outliers(span))}
         with_plain, with_all = (replace(at.candidate, ranges=found) for found in (plain, ranges))
-        value_of = _input_of_products(at.trial.model)
-        groups = [g for g in products_by_input(at.trial, at.candidate) if value_of[g[0]] not in plain]
-        paying = where_it_pays((at.trial, with_plain), (at.trial, with_all), groups, self._progress)
-        return plain | {value: ranges[value] for value in (value_of[group[0]] for group in paying) if value in ranges}
+        inputs = products_by_input(at.trial, at.candidate)
+        apart = {value: products for value, products in inputs.items() if value not in plain}
+        paying = where_it_pays((at.trial, with_plain), (at.trial, with_all), apart, self._progress)
+        return plain | {value: ranges[value] for value in paying if value in ranges}
 
     @staticmethod
     def _ranges_of(candidate: Quantizer) -> Ranges:
@@ -239,17 +236,21 @@ class Quantization:
         products = isinstance(start.candidate, QuantizeProducts)
         candidate = start.candidate if products else self._candidate(name, model)  # which measures its ranges again
         trial = Trial(model, self._measured, self._plain.expected)
-        return _Tried((*start.moved, one), trial, candidate, trial.error(candidate))
+        return _Tried((*start.moved, one), trial, candidate)
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """A graph, what was moved in it, the pass that quantizes it, and the error with everything in int8."""
+    """A graph, what was moved in it, and the pass that quantizes it."""
 
     moved: tuple[Pass, ...]
     trial: Trial
     candidate: Quantizer
-    error: float
+
+    @cached_property
+    def error(self) -> float:
+        """With everything in int8; measured when it is first asked for."""
+        return self.trial.error(self.candidate)
 
     @property
     def variant(self) -> Variant:
@@ -264,12 +265,6 @@ def _affordable(model: ir.Model, batches: Sequence[Inputs]) -> Sequence[Inputs]:
         if total > _OPERATIONS and index >= _FEWEST:
             return batches[:index]
     return batches
-
-
-def _input_of_products(model: ir.Model) -> dict[str, str]:
-    """Name of what each product reads, by the product's original name."""
-    products = [node for node in model.graph.all_nodes() if is_op(node, "MatMul")]
-    return {display_name(node): node.inputs[0].name or "" for node in products if node.inputs[0] is not None}
 
 
 __all__ = ["Form", "Quantization"]
