@@ -10,16 +10,17 @@ of two values only, and adds one number, `mask_filter_value`, where they are 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from xform.backends.onnxruntime.attention_mask import make_bias
+from xform.backends.onnxruntime.attention_mask import MAX_SCANNED, make_bias
+from xform.backends.onnxruntime.attention_packed import as_tokens
 from xform.backends.onnxruntime.emit import MICROSOFT, Site
 from xform.backends.onnxruntime.projections import IntegerProjection, read_integer_projection
-from xform.graph.values import is_op, rank_of, same_dim, scalar, shape_of
+from xform.graph.values import Array, constant, constant_tensor, is_op, rank_of, same_dim, scalar, shape_of
 
 if TYPE_CHECKING:
     from xform.backends.onnxruntime.attention import Operands
@@ -32,25 +33,27 @@ def integer_attention(site: Site, a: Operands) -> tuple[ir.Value, int, int] | No
     """[B, S, H*D] with the number of heads and their size; None where the operator cannot say it.
 
     It cannot where `packed_attention` cannot, with masks that differ by head or add more than one number, and with a
-    mask and the causal rule together.
+    mask and the causal rule together. A constant mask that is the causal rule (GPT-2's) is said as that.
     """
     if a.softcap or a.precision is not None or a.past_key is not None or a.query_heads != a.kv_heads:
         return None
     if any(rank_of(v) != 4 for v in (a.query, a.key, a.value)) or (a.causal and a.mask is not None):
         return None
     parts = [part for v in (a.query, a.key, a.value) if (part := read_integer_projection(v)) is not None]
-    if len(parts) < 3 or not _one_source(site, parts) or rank_of(parts[0].source) != 3:
-        return None
-    if len({part.codes.shape for part in parts}) > 1:
+    if len(parts) < 3 or not _one_source(site, parts) or len({part.codes.shape for part in parts}) > 1:
         return None
     two_valued = None if a.mask is None else _two_valued(a.mask)
-    mask = None if two_valued is None else _raw_mask(site, two_valued, a)
-    if a.mask is not None and mask is None:
+    causal = a.causal or (two_valued is not None and _is_causal(two_valued))
+    mask = None if two_valued is None or causal else _raw_mask(site, two_valued, a)
+    if a.mask is not None and not causal and mask is None:
         return None
     first, name = parts[0], site.node.name
+    tokens = as_tokens(site, first.source, a.query)
+    if tokens is None:
+        return None
     result = site.op(
         "QAttention",
-        first.source,
+        tokens,
         site.emitter.weight(np.concatenate([p.codes for p in parts], axis=1), f"{name}_qkv_int8"),
         site.emitter.weight(np.concatenate([p.bias for p in parts]).astype(np.float32), f"{name}_qkv_bias"),
         first.scale,
@@ -60,8 +63,8 @@ def integer_attention(site: Site, a: Operands) -> tuple[ir.Value, int, int] | No
         domain=MICROSOFT,
         num_heads=a.query_heads,
         scale=a.scale,
-        unidirectional=int(a.causal) or None,
-        mask_filter_value=None if two_valued is None else two_valued.added,
+        unidirectional=int(causal) or None,
+        mask_filter_value=two_valued.added if two_valued is not None else _LOWEST if causal else None,
     )
     result.type = ir.TensorType(ir.DataType.FLOAT)
     bias = None if a.mask is None else make_bias(site, ir.DataType.FLOAT, a.mask, None)
@@ -81,15 +84,21 @@ def _one_source(site: Site, parts: list[IntegerProjection]) -> bool:
 
 @dataclass(frozen=True)
 class TwoValued:
-    """A mask that adds nothing where `allowed` is true (false if `inverted`), and one finite number elsewhere."""
+    """A mask that adds nothing where `allowed` is true (false if `inverted`), and one finite number elsewhere.
+
+    `constant` has the conditions, true where it adds nothing, where the mask is constant; `allowed` is the mask then.
+    """
 
     allowed: ir.Value
     inverted: bool
     added: float
+    constant: Array | None = field(default=None, compare=False)
 
 
 def _two_valued(mask: ir.Value) -> TwoValued | None:
-    """A boolean mask, or `Where(allowed, 0, number)` or its inverse."""
+    """A boolean mask, or `Where(allowed, 0, number)` or its inverse, or a constant that has no other numbers."""
+    if constant_tensor(mask) is not None:
+        return _constant_two_valued(mask)
     if mask.dtype is ir.DataType.BOOL:
         return TwoValued(mask, False, _LOWEST)
     node = mask.producer()
@@ -101,6 +110,25 @@ def _two_valued(mask: ir.Value) -> TwoValued | None:
     added = float(np.float32(numbers[0 if inverted else 1]))
     # minus infinity is told apart from a number by rows that mask everything, which are made zero
     return TwoValued(condition, inverted, max(added, _LOWEST)) if added < np.inf else None
+
+
+def _constant_two_valued(mask: ir.Value) -> TwoValued | None:
+    data = constant(mask, max_elements=MAX_SCANNED)
+    if data is None:
+        return None
+    allowed = data if data.dtype.kind == "b" else data == 0
+    added = np.full(1, _LOWEST) if data.dtype.kind == "b" else np.unique(data[~allowed])
+    if len(added) != 1 or not added[0] < np.inf:
+        return None
+    return TwoValued(mask, False, max(float(added[0]), _LOWEST), allowed)
+
+
+def _is_causal(mask: TwoValued) -> bool:
+    """Whether a mask is constant and leaves query i the keys 0 to i, and nothing of the others."""
+    allowed = mask.constant
+    if allowed is None or mask.added != _LOWEST or allowed.ndim < 2 or allowed.shape[-1] != allowed.shape[-2]:
+        return False
+    return bool((allowed == np.tri(allowed.shape[-1], dtype=bool)).all())
 
 
 def _raw_mask(site: Site, mask: TwoValued, a: Operands) -> ir.Value | None:
@@ -118,9 +146,13 @@ def _raw_mask(site: Site, mask: TwoValued, a: Operands) -> ir.Value | None:
         return None
 
     def make() -> ir.Value:
-        allowed = site.op("Not", mask.allowed) if mask.inverted else mask.allowed
-        axes = site.emitter.ints(1) if per_query else site.emitter.ints(1, 2)
-        value: ir.Value = site.op("Squeeze", site.op("Cast", allowed, to=ir.DataType.INT32), axes)
+        axes = (1,) if per_query else (1, 2)
+        value: ir.Value
+        if mask.constant is not None:
+            value = site.emitter.weight(np.squeeze(mask.constant, axes).astype(np.int32), f"{site.node.name}_allowed")
+        else:
+            allowed = site.op("Not", mask.allowed) if mask.inverted else mask.allowed
+            value = site.op("Squeeze", site.op("Cast", allowed, to=ir.DataType.INT32), site.emitter.ints(*axes))
         return value if fits else site.op("Expand", value, site.emitter.ints(*sizes))
 
     raw: ir.Value = site.emitter.shared(site.graph, ("raw mask", mask, wanted), make)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from xform.backends.onnxruntime.emit import Site
 from xform.graph.values import constant, constant_tensor, is_op, shape_of
 
-_MAX_SCANNED = 1 << 22  # elements of a constant mask that are looked at
+MAX_SCANNED = 1 << 22  # elements of a constant mask that are looked at
 _FAR_FROM_LOWEST = 1e30  # half of the distance between the two lowest float32 is 1e31
 # operators that only move elements
 _MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Slice", "Gather", "Transpose", "Tile", "Identity")
@@ -126,7 +126,7 @@ def _length_key(value: ir.Value | None) -> Hashable:
 def is_neutral(mask: ir.Value, depth: int = 16) -> bool:
     """Whether a mask provably allows everything and adds nothing: all true, or all zeros, under moves."""
     if constant_tensor(mask) is not None:
-        data = constant(mask, max_elements=_MAX_SCANNED)
+        data = constant(mask, max_elements=MAX_SCANNED)
         return data is not None and bool(np.all(data) if data.dtype.kind == "b" else not np.any(data))
     node = mask.producer()
     if node is None or depth == 0 or not is_op(node, *_MOVES) or node.inputs[0] is None:
@@ -145,7 +145,7 @@ def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
         return False
     tensor = constant_tensor(mask)
     if tensor is not None:
-        data = constant(mask, max_elements=_MAX_SCANNED)
+        data = constant(mask, max_elements=MAX_SCANNED)
         return data is not None and not bool(np.isneginf(data.astype(np.float32)).any())
     node = mask.producer()
     if node is None:
@@ -168,7 +168,7 @@ def _is_far_from_lowest(value: ir.Value | None, depth: int) -> bool:
     while depth > 0 and value is not None and constant_tensor(value) is None:
         node = value.producer()
         value, depth = (node.inputs[0] if node is not None and is_op(node, *_MOVES) else None), depth - 1
-    data = constant(value, max_elements=_MAX_SCANNED)
+    data = constant(value, max_elements=MAX_SCANNED)
     return data is not None and data.dtype == np.float32 and bool((np.abs(data) < _FAR_FROM_LOWEST).all())
 
 

@@ -51,7 +51,7 @@ def packed_attention(site: Site, a: Operands) -> tuple[ir.Value, int, int] | Non
         bias = make_bias(site, ir.DataType.FLOAT, a.mask, Lengths(a.query, a.key, None, a.key) if a.causal else None)
         if bias is not None and bias.empty_rows is not None and shape_of(a.mask)[1] != 1:  # type: ignore[index]
             return None  # a row that is empty for some heads cannot be zeroed once the heads are side by side
-    tokens = _tokens(site, query.source, a.query)
+    tokens = as_tokens(site, query.source, a.query)
     if tokens is None:
         return None
     weight = np.concatenate([p.weight for p in (query, key, value)], axis=1)
@@ -108,7 +108,7 @@ def _full(site: Site, bias: ir.Value, mask: ir.Value, a: Operands) -> ir.Value:
     return expanded
 
 
-def _tokens(site: Site, source: ir.Value, query: ir.Value) -> ir.Value | None:
+def as_tokens(site: Site, source: ir.Value, query: ir.Value) -> ir.Value | None:
     """The input of the projections as [B, S, C]."""
     if rank_of(source) == 3:
         return source

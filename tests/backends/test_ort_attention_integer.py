@@ -27,6 +27,15 @@ CONSTANTS = {
     "b": RNG.standard_normal(3 * H * D).astype(np.float32),
     "heads": np.array([0, 0, H, D]),
     "three": np.array([0, 0, 3, H, D]),
+    "flat": np.array([-1, C]),
+    "parts": np.array([B, S, 3, H, D]),
+    "triangle": np.tri(S, dtype=bool).reshape(1, 1, S, S),
+    "triangle_lowest": np.where(np.tri(S), 0, np.finfo(np.float32).min).astype(np.float32).reshape(1, 1, S, S),
+    "triangle_infinite": np.where(np.tri(S), 0, -np.inf).astype(np.float32).reshape(1, 1, S, S),
+    "triangle_three": np.where(np.tri(S), 0, -3).astype(np.float32).reshape(1, 1, S, S),
+    "band": np.tri(S, k=1, dtype=bool).reshape(1, 1, S, S),
+    "some": (np.arange(S) % 2 == 0).reshape(1, 1, 1, S),
+    "several": -np.arange(S, dtype=np.float32).reshape(1, 1, 1, S),
     "merged": np.array([0, 0, H * D]),
     "nothing": np.array(0, np.float32),
     "minus_three": np.array(-3, np.float32),
@@ -38,17 +47,19 @@ CONSTANTS = {
 }
 HEADS = "".join(f"{n}r = Reshape({n}, heads) {n}h = Transpose<perm=[0,2,1,3]>({n}r) " for n in "qkv")
 THREE = f"q0 = MatMul(x, wq) q = Add(q0, bq) k0 = MatMul(x, wk) k = Add(bk, k0) v = MatMul(x, wv) {HEADS}"
+FLAT = """f = Reshape(x, flat) p0 = MatMul(f, w) p = Add(p0, b) r = Reshape(p, parts) t = Transpose<perm=[2,0,3,1,4]>(r)
+    qh = Gather<axis=0>(t, zero) kh = Gather<axis=0>(t, one) vh = Gather<axis=0>(t, two)"""
 PACKED = """p0 = MatMul(x, w) p = Add(p0, b) r = Reshape(p, three) t = Transpose<perm=[2,0,3,1,4]>(r)
     qh = Gather<axis=0>(t, zero) kh = Gather<axis=0>(t, one) vh = Gather<axis=0>(t, two)"""
 
 
 def quantized(
-    body: str, mask: str = "", attributes: str = "", batch: object = B, reads: str = "m", **options: Any
+    body: str, mask: str = "", attributes: str = "", batch: object = B, reads: str = "", **options: Any
 ) -> ir.Model:
     """Attention over projections in int8; `mask` is the type of the input m, and `reads` what the attention reads."""
-    given = f", {mask} m" if mask else ""
+    given, reads = (f", {mask} m", reads or "m") if mask else ("", reads)
     text = f"""g (float[{batch},{S},{C}] x{given}) => (float[{batch},{S},{H * D}] y) {{
-        {body} a = Attention<scale=0.6{attributes}>(qh, kh, vh{f", {reads}" if mask else ""})
+        {body} a = Attention<scale=0.6{attributes}>(qh, kh, vh{f", {reads}" if reads else ""})
         c = Transpose<perm=[0,2,1,3]>(a) y = Reshape(c, merged) }}"""
     words = set(text.replace("(", " ").replace(")", " ").replace(",", " ").split())
     used = {name: array for name, array in CONSTANTS.items() if name in words}
@@ -77,7 +88,7 @@ def inputs(**more: Any) -> dict[str, Any]:
     return {"x": np.random.default_rng(1).standard_normal((B, S, C)).astype(np.float32), **more}
 
 
-@pytest.mark.parametrize("body", [THREE, PACKED])
+@pytest.mark.parametrize("body", [THREE, PACKED, FLAT])
 @pytest.mark.parametrize("causal", [0, 1])
 def test_projections_in_int8_are_taken_in(body: str, causal: int) -> None:
     model = quantized(body, attributes=f", is_causal={causal}")
@@ -110,6 +121,26 @@ def test_masks_that_add_one_number_are_taken_in(number: str, inverted: bool) -> 
     model = quantized(f"{where} {THREE}", mask=f"bool[{B},1,1,{S}]", reads="n")
     allowed = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], bool).reshape(B, 1, 1, S)
     assert compare(model, inputs(m=~allowed if inverted else allowed))[FORM] == 1
+
+
+@pytest.mark.parametrize("mask", ["triangle", "triangle_lowest", "triangle_infinite"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_constant_masks_that_are_the_causal_rule_are_said_as_that(mask: str, size: int) -> None:
+    model = quantized(FLAT, reads=mask)
+    x = inputs()["x"] * size  # logits of up to 1e7, which no finite penalty may fall short of
+    assert compare(model, {"x": x})[FORM] == 1
+    lowered = get_backend(None, CPU).lower(model, CPU, LowerOptions()).model  # type: ignore[attr-defined]
+    (node,) = (node for node in lowered.graph if node.op_type == "QAttention")
+    assert node.attributes["unidirectional"].as_int() == 1 and node.inputs[5] is None
+
+
+@pytest.mark.parametrize("mask", ["triangle_three", "band", "some"])
+def test_other_constant_masks_of_two_values_are_taken_in(mask: str) -> None:
+    assert compare(quantized(PACKED, reads=mask), inputs())[FORM] == 1
+
+
+def test_a_constant_mask_of_several_values_is_lowered_otherwise() -> None:
+    assert FORM not in compare(quantized(PACKED, reads="several"), inputs())
 
 
 @pytest.mark.parametrize(
