@@ -25,6 +25,7 @@ from xform.backends.onnxruntime.attention_integer import FORM as INTEGER_FORM
 from xform.backends.onnxruntime.attention_integer import integer_attention
 from xform.backends.onnxruntime.attention_mask import Bias, Lengths, is_neutral, make_bias
 from xform.backends.onnxruntime.attention_packed import FORM, packed_attention
+from xform.backends.onnxruntime.attention_per_sequence import attention_per_sequence
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
 from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
 
@@ -70,6 +71,8 @@ def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str]) -> bo
         return False
     extra = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
     if "packed" in forms and not extra:
+        if attention_per_sequence(site, attention):
+            return True
         packed = packed_attention(site, attention)
         if packed is not None:
             _deliver(site, *packed, form=FORM)

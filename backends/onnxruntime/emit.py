@@ -7,7 +7,7 @@ of one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,39 @@ class Site:
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
         """Insert a node before the anchor; gives its output, or the list of them when `outputs` > 1."""
+        node = self.make(op_type, inputs, domain, outputs, attributes)
+        self.graph.insert_before(self.node, node)
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def loop(self, times: ir.Value, start: ir.Value, step: Callable[[Body, ir.Value, ir.Value], ir.Value]) -> ir.Value:
+        """`state = start`, then `state = step(body, i, state)` for i = 0, 1, .. `times` - 1, as a Loop.
+
+        Args:
+            times: int64 scalar.
+            start: Of the state, which keeps its type.
+            step: Emits into the body, which may read what precedes the anchor; i is an int64 scalar.
+        """
+        name = self.emitter.unique(f"{self._base}/Loop_body")
+        index, condition = (
+            ir.Value(name=self.emitter.unique(f"{name}/{hint}"), type=ir.TensorType(dtype), shape=ir.Shape(()))
+            for hint, dtype in (("i", ir.DataType.INT64), ("go_on", ir.DataType.BOOL))
+        )
+        state = ir.Value(name=self.emitter.unique(f"{name}/state"), type=start.type, shape=start.shape)
+        body = Body(self)
+        result = step(body, index, state)
+        result.type = start.type
+        outputs = [body.op("Identity", condition), result]
+        outputs[0].type, outputs[0].shape = condition.type, condition.shape
+        opsets = self.emitter.model.opset_imports
+        graph = ir.Graph([index, condition, state], outputs, nodes=body.nodes, opset_imports=opsets, name=name)
+        value: ir.Value = self.op("Loop", times, None, start, body=graph)
+        value.type = start.type
+        return value
+
+    def make(
+        self, op_type: str, inputs: Sequence[ir.Value | None], domain: str, outputs: int, attributes: Mapping[str, Any]
+    ) -> ir.Node:
+        """A node that is named after the anchor and comes from where it comes from, in no graph yet."""
         node = ir.node(
             op_type,
             list(inputs),
@@ -104,8 +137,7 @@ class Site:
             value.name = self.emitter.unique(f"{self._base}/{op_type}_out")
         if domain and domain not in self.emitter.model.opset_imports:
             self.emitter.model.graph.opset_imports[domain] = 1
-        self.graph.insert_before(self.node, node)
-        return node.outputs[0] if outputs == 1 else list(node.outputs)
+        return node
 
     def takes_in(self, nodes: Iterable[ir.Node]) -> bool:
         """Whether `nodes` are of this graph, and only they and the node here read what they give."""
@@ -139,6 +171,20 @@ class Site:
             new.type = old.type if old.type is not None else new.type
             new.shape = old.shape if old.shape is not None else new.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+class Body:
+    """Nodes of a subgraph in the place of a site; what they are named after and constants are the site's."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.nodes: list[ir.Node] = []
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Append a node with one output."""
+        node = self.site.make(op_type, inputs, domain, 1, attributes)
+        self.nodes.append(node)
+        return node.outputs[0]
 
 
 def _all_names(model: ir.Model) -> set[str]:

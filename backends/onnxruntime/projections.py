@@ -85,19 +85,19 @@ def _read_columns(
     value: ir.Value, read_layer: Callable[[ir.Value], _Layer | None]
 ) -> tuple[_Layer, Array, tuple[ir.Node, ...]] | None:
     """The layer that layout operators make `value` of, the order of its columns, and these operators."""
-    layer, chain = _before_layout(value)
+    layer, chain = before_layout(value)
     found = None if layer is None else read_layer(layer)
-    order = None if layer is None or found is None else _order_of_columns(layer, chain, value)
+    order = None if layer is None or found is None else order_of_columns(layer, chain, value)
     return None if found is None or order is None else (found, order, tuple(node for node, _ in chain))
 
 
 _Layer = TypeVar("_Layer", Projection, IntegerProjection)
-_Chain = list[tuple[ir.Node, ir.Value]]  # layout operators from the first, each with its output
+Chain = list[tuple[ir.Node, ir.Value]]  # layout operators from the first, each with its output
 
 
-def _before_layout(value: ir.Value) -> tuple[ir.Value | None, _Chain]:
+def before_layout(value: ir.Value) -> tuple[ir.Value | None, Chain]:
     """What layout operators make `value` of, and these."""
-    chain: _Chain = []
+    chain: Chain = []
     at = value
     while (node := at.producer()) is not None and is_op(node, *_LAYOUT):
         chain.insert(0, (node, at))
@@ -107,7 +107,7 @@ def _before_layout(value: ir.Value) -> tuple[ir.Value | None, _Chain]:
     return at, chain
 
 
-def _order_of_columns(layer: ir.Value, chain: _Chain, value: ir.Value) -> Array | None:
+def order_of_columns(layer: ir.Value, chain: Chain, value: ir.Value) -> Array | None:
     """Which column of `layer` each (head, element) of `value` [B, H, S, D] is, [H * D]; None if it is none."""
     shape, result = shape_of(layer), shape_of(value)
     if shape is None or result is None or len(result) != 4:
