@@ -10,6 +10,7 @@ import pytest
 from support import parse
 
 from xform.backends import LoadOptions, LowerOptions, get_backend
+from xform.backends.onnxruntime import attention_per_sequence
 from xform.passes.attention import PackTokens
 from xform.rewrite.passes import PassContext
 from xform.target import Target
@@ -97,6 +98,18 @@ def same(body: str, pads: str, forms: int = 1, *, sizes: Any = (B, S), more: str
     assert FORM not in before and after.get(FORM, 0) == forms
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture(autouse=True)
+def _short_sequences_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_per_sequence, "_SHORTEST", 0)
+
+
+def test_known_short_sequences_stay_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_per_sequence, "_SHORTEST", S + 1)
+    same(block(), "right", 0)
+    monkeypatch.setattr(attention_per_sequence, "_SHORTEST", S)
+    same(block(), "right", 1)
 
 
 @pytest.mark.parametrize("pads", PADDING)
