@@ -14,6 +14,7 @@ import xform
 from xform.backends import LowerOptions, get_backend
 from xform.errors import TargetError, UsageError
 from xform.pipeline import tune
+from xform.report import latency_worker
 from xform.report.latency import Deployed, Timing
 from xform.target import Target
 
@@ -149,6 +150,42 @@ def test_what_is_clearly_slower_meets_nobody_again(monkeypatch: pytest.MonkeyPat
     assert decision.speedups["onnxruntime"] == 1.6
     assert decision.speedups["onnxruntime, attention multi_head"] == pytest.approx(1.6 * 0.9)
     assert decision.speedups["onnxruntime, attention written"] == pytest.approx(0.8)
+
+
+def test_what_takes_many_times_as_long_alone_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parse("g (float[1,2,3,4] q) => (float[1,2,3,4] y) { y = Attention(q, q, q) }")
+    clock = Heats([1.0, 5.0, 1.0, 8.0], [1.0, 5.0, 1.0, 8.0])
+    clock.milliseconds = [1.0, 5.0, 1.0, 8.0]
+    monkeypatch.setattr(tune, "measure", clock)
+    found = tune.candidates(model, model, get_backend("onnxruntime", CPU), LowerOptions(), mode="full")
+    decision = tune.choose(found, CPU, {"q": np.ones((1, 2, 3, 4), np.float32)}, "full")[2]
+    assert clock.met == [[0, 2, 3], [0, 2]]  # the input always does once
+    assert decision.speedups["onnxruntime, attention multi_head"] == pytest.approx(1.6)  # told all the same
+
+
+@pytest.mark.parametrize(("milliseconds", "rounds"), [(1.0, [9, 25]), (1000.0, [9, 10]), (9000.0, [5, 5])])
+def test_slow_models_meet_in_fewer_rounds(
+    milliseconds: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    clock = Clock([milliseconds, milliseconds])
+
+    def measure(subjects: Sequence[Deployed], feeds: Mapping[str, Any], **options: Any) -> list[Timing]:
+        asked.append(options["rounds"])
+        return clock(subjects, feeds, **options)
+
+    monkeypatch.setattr(tune, "measure", measure)
+    tune.choose(competing(), CPU, FEEDS, "full")
+    assert asked == [1, 1, *rounds]
+
+
+def test_a_round_of_a_slow_model_has_few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    monkeypatch.setattr(latency_worker, "SLOW", 1e9)
+    assert len(latency_worker.one_round(lambda: calls.append(0), 0.0)) == 5 and len(calls) == 7
+    monkeypatch.setattr(latency_worker, "SLOW", -1.0)
+    calls.clear()
+    assert len(latency_worker.one_round(lambda: calls.append(0), 0.0)) == 2 and len(calls) == 3
 
 
 def test_a_decision_is_remembered_and_needs_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,12 @@ INPUT = "input"
 _MEASURABLE = ("onnxruntime", "openvino")  # backends whose artifacts `measure` can run
 _ROUNDS = {"quick": 5, "full": 9}
 _FINAL_ROUNDS = {"quick": 9, "full": 25}
+_FEWEST_ROUNDS = 5  # however long they take
+_HEAT_SECONDS = {"quick": 20.0, "full": 60.0}  # what a heat of slow models may take beyond the fewest rounds
+_RUNS = 3  # of a slow model in a round
 _SECONDS = {"quick": 0.15, "full": 0.25}  # of one candidate in one round: many short ones agree better than few long
 _NEAR = 0.9  # of the best speedup: what is faster than that may be the fastest in truth
+_HOPELESS = 2.5  # times as long as the fastest, each alone: not worth a heat
 _SAME = 1.01  # a speedup below it is noise: between equals the first one stays
 _FORMAT = 3  # of a remembered decision
 
@@ -181,24 +185,28 @@ def _measure(
             path = Path(folder, f"{index}.onnx")
             artifact.save(path)
             subjects[label] = Deployed(path, artifact.backend, dict(artifact.metadata.get("session", {})))
-        running = {}
+        alone = {}
         for label, subject in subjects.items():
             try:
-                measure([subject], feeds, rounds=1, seconds=0.0)
-                running[label] = subject
+                (alone[label],) = measure([subject], feeds, rounds=1, seconds=0.0)
             except TargetError as error:
                 decision.failed[label] = error.what
-        if not running:
+        if not alone:
             return
-        seconds = _SECONDS[mode]
-        heat = measure(list(running.values()), feeds, rounds=_ROUNDS[mode], seconds=seconds, progress=progress)
-        _record(decision, dict(zip(running, heat, strict=True)))
-        best = max(decision.speedups.values())
-        near = {label: running[label] for label, speedup in decision.speedups.items() if speedup >= _NEAR * best}
-        if len(near) > 1:
-            rounds = _FINAL_ROUNDS[mode]
-            final = measure(list(near.values()), feeds, rounds=rounds, seconds=seconds, progress=progress)
-            _record(decision, dict(zip(near, final, strict=True)))
+        _record(decision, alone)
+        fastest = min(timing.median_ms for timing in alone.values())
+        meeting = [label for label, t in alone.items() if label == INPUT or t.median_ms <= _HOPELESS * fastest]
+        for planned in (_ROUNDS[mode], _FINAL_ROUNDS[mode]):
+            seconds = _SECONDS[mode]
+            once = sum(max(seconds, _RUNS * decision.milliseconds[label] / 1e3) for label in meeting)
+            rounds = max(_FEWEST_ROUNDS, min(planned, int(_HEAT_SECONDS[mode] / once)))
+            met = [subjects[label] for label in meeting]
+            heat = measure(met, feeds, rounds=rounds, seconds=seconds, progress=progress)
+            _record(decision, dict(zip(meeting, heat, strict=True)))
+            best = max(decision.speedups.values())
+            meeting = [label for label in meeting if decision.speedups[label] >= _NEAR * best]
+            if len(meeting) < 2:
+                return
 
 
 def _record(decision: Decision, timings: Mapping[str, Timing]) -> None:

@@ -19,6 +19,7 @@ Run = Callable[[], Any]
 
 WARM_UP = 2
 MIN_RUNS = 5
+SLOW = 0.05  # seconds of a run from which on caches and threads are warm after one, and two say enough
 
 
 def open_onnxruntime(request: dict[str, Any], feeds: dict[str, Any]) -> Run:
@@ -59,12 +60,16 @@ OPENERS = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
 
 
 def one_round(run: Run, seconds: float) -> list[float]:
-    """Milliseconds of each run, for about `seconds` and at least a few runs."""
-    for _ in range(WARM_UP):
+    """Milliseconds of each run, for about `seconds` and at least a few runs; two of a slow model."""
+    start = time.perf_counter()
+    run()
+    slow = time.perf_counter() - start > SLOW
+    for _ in range(0 if slow else WARM_UP - 1):
         run()
+    least = 2 if slow else MIN_RUNS
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < MIN_RUNS or time.perf_counter() < end:
+    while len(times) < least or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         times.append((time.perf_counter() - start) * 1e3)
