@@ -27,8 +27,9 @@ class LowerOptions:
             needs.
         portable: Write standard ONNX operators only, so that any ONNX runtime can run the result.
         verbatim: Write the operators of the graph as they are: for a graph that came in and is to stay what it is.
-        attention: The first form to try for attention, where the backend has several: "packed" (projections taken in),
-            "multi_head" (one operator on queries, keys and values), "written" (products and a softmax).
+        attention: The first form to try for attention, where the backend has several: "packed" (projections taken in;
+            packed tokens by sequence), "multi_head" (one operator on queries, keys and values), "written" (products and
+            a softmax).
         precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own.
         compile: For torch: "off", or torch.compile of the lowered module ("inductor", "max-autotune") where that is
             faster.

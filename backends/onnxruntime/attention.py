@@ -2,10 +2,12 @@
 
 Measured (docs/onnxruntime-notes.md): the opset-23 kernel and `MatMul, Softmax, MatMul` take the same time, and
 com.microsoft's MultiHeadAttention without a mask is faster (its flash kernel, 10 to 20 %). The kernel of opset 23 also
-refuses masks that broadcast over queries. Fastest is com.microsoft's Attention, which takes the projections in; see
+refuses masks that broadcast over queries. Among packed tokens each sequence has an attention of its own
+(`attention_per_sequence`). Otherwise fastest is com.microsoft's Attention, which takes the projections in; see
 `attention_packed`, and with projections in int8 QAttention, which does the same (`attention_integer`). So an attention
-becomes, in this order, packed Attention or QAttention where its projections allow, MultiHeadAttention where it has no
-mask, and else it is written out so that ONNX Runtime fuses the transpose and the scale into the first product:
+becomes, in this order, attention by sequence, packed Attention or QAttention where its projections allow,
+MultiHeadAttention where it has no mask, and else it is written out so that ONNX Runtime fuses the transpose and the
+scale into the first product:
 
     Y = Softmax(softcap(scale * Q K^T) + bias) V
 
@@ -25,7 +27,7 @@ from xform.backends.onnxruntime.attention_integer import FORM as INTEGER_FORM
 from xform.backends.onnxruntime.attention_integer import integer_attention
 from xform.backends.onnxruntime.attention_mask import Bias, Lengths, is_neutral, make_bias
 from xform.backends.onnxruntime.attention_packed import FORM, packed_attention
-from xform.backends.onnxruntime.attention_per_sequence import attention_per_sequence
+from xform.backends.onnxruntime.attention_per_sequence import SEQUENCE_LOOPS_SINCE, attention_per_sequence
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
 from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
 
@@ -57,11 +59,12 @@ class Operands:
         return not (self.causal or self.softcap or self.precision) and self.mask is None and self.past_key is None
 
 
-def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str]) -> bool:
+def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str], opset: int) -> bool:
     """Lower one Attention node; False where it has to stay (unknown head counts, or options newer than opset 23).
 
     Args:
         forms: Those to try before it is written out, of `FORMS`.
+        opset: At which the graph will be written.
     """
     site = emitter.at(node)
     if not _lowerable(node):
@@ -71,7 +74,7 @@ def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str]) -> bo
         return False
     extra = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
     if "packed" in forms and not extra:
-        if attention_per_sequence(site, attention):
+        if opset >= SEQUENCE_LOOPS_SINCE and attention_per_sequence(site, attention):
             return True
         packed = packed_attention(site, attention)
         if packed is not None:

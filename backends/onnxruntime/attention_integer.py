@@ -67,7 +67,7 @@ def integer_attention(site: Site, a: Operands) -> tuple[ir.Value, int, int] | No
         mask_filter_value=two_valued.added if two_valued is not None else _LOWEST if causal else None,
     )
     result.type = ir.TensorType(ir.DataType.FLOAT)
-    bias = None if a.mask is None else make_bias(site, ir.DataType.FLOAT, a.mask, None)
+    bias = None if a.mask is None or causal else make_bias(site, ir.DataType.FLOAT, a.mask, None)
     if bias is not None and bias.empty_rows is not None:
         empty = site.op("Squeeze", bias.empty_rows, site.emitter.ints(1))  # [B, 1, S, 1] to [B, S, 1]
         result = site.op("Where", empty, site.emitter.constant(0, ir.DataType.FLOAT, "zero"), result)
@@ -114,8 +114,8 @@ def _two_valued(mask: ir.Value) -> TwoValued | None:
 
 def _constant_two_valued(mask: ir.Value) -> TwoValued | None:
     data = constant(mask, max_elements=MAX_SCANNED)
-    if data is None:
-        return None
+    if data is None:  # too large to look at
+        return TwoValued(mask, False, _LOWEST) if mask.dtype is ir.DataType.BOOL else None
     allowed = data if data.dtype.kind == "b" else data == 0
     added = np.full(1, _LOWEST) if data.dtype.kind == "b" else np.unique(data[~allowed])
     if len(added) != 1 or not added[0] < np.inf:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from xform.backends.onnxruntime.attention import Operands
 
 FORM = "attention: by sequence"
+SEQUENCE_LOOPS_SINCE = 13  # a Loop of an older opset carries tensors alone
 _SWAP_HEADS = [0, 2, 1, 3]
 _SHORTEST = 32  # positions of a sequence; below, the loop (35 us a sequence) costs more than the pads
 
@@ -85,7 +86,7 @@ def attention_per_sequence(site: Site, a: Operands) -> bool:
     """Lower one attention; False where its operands are no packed tokens, or it is more than a softmax under a mask."""
     if a.causal or a.softcap or a.precision is not None or a.past_key is not None or a.query_heads != a.kv_heads:
         return False
-    if a.mask is None or a.query.dtype is not ir.DataType.FLOAT or any(o.uses() for o in site.node.outputs[1:]):
+    if a.mask is None or a.query.dtype is not ir.DataType.FLOAT:
         return False
     parts = [tokens for v in (a.query, a.key, a.value) if (tokens := _read_tokens(v)) is not None]
     if len(parts) < 3 or any(tokens.places is not parts[0].places for tokens in parts):
@@ -214,7 +215,7 @@ def _attend(site: Site, a: Operands, parts: list[_Tokens], sequences: _Sequences
     bias, shape = make_bias(site, ir.DataType.FLOAT, a.mask, None), shape_of(a.mask)
     assert bias is not None and shape is not None
     added = _by_sequence(site, bias.value, shape, sequences)
-    empty = None if bias.empty_rows is None else _by_sequence(site, bias.empty_rows, (*shape[:3], 1), sequences)
+    empty = None if bias.empty_rows is None else _empty_rows(site, added, sequences)
 
     def step(body: Body, index: ir.Value, results: ir.Value) -> ir.Value:
         pieces: dict[ir.Value, ir.Value] = {}
@@ -270,10 +271,24 @@ def _by_sequence(site: Site, values: ir.Value, shape: Sequence[Dim], sequences: 
         return body.op("SequenceInsert", results, taken)
 
     def make() -> ir.Value:
-        dtype = ir.DataType.BOOL if values.dtype is None else values.dtype  # flags of empty rows have no type yet
-        return site.loop(sequences.count, _no_tensors(site, dtype), step)
+        return site.loop(sequences.count, _no_tensors(site, ir.DataType.FLOAT), step)
 
     found: ir.Value = site.emitter.shared(site.graph, ("by sequence", values, sequences), make)
+    return found
+
+
+def _empty_rows(site: Site, added: ir.Value, sequences: _Sequences) -> ir.Value:
+    """Of each sequence, whether the mask leaves a token no token [H, L or 1, 1]; what it leaves of pads is none."""
+
+    def step(body: Body, index: ir.Value, results: ir.Value) -> ir.Value:
+        highest = body.op("ReduceMax", body.op("SequenceAt", added, index), site.emitter.ints(-1), keepdims=1)
+        closed = site.emitter.constant(-np.inf, ir.DataType.FLOAT, "minus_inf")
+        return body.op("SequenceInsert", results, body.op("Equal", highest, closed))
+
+    def make() -> ir.Value:
+        return site.loop(sequences.count, _no_tensors(site, ir.DataType.BOOL), step)
+
+    found: ir.Value = site.emitter.shared(site.graph, ("empty rows", added), make)
     return found
 
 

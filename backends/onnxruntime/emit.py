@@ -180,9 +180,9 @@ class Body:
         self.site = site
         self.nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """Append a node with one output."""
-        node = self.site.make(op_type, inputs, domain, 1, attributes)
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Append a standard node with one output."""
+        node = self.site.make(op_type, inputs, "", 1, attributes)
         self.nodes.append(node)
         return node.outputs[0]
 

@@ -90,7 +90,7 @@ def _lower_all(emitter: Emitter, nodes: Iterable[ir.Node], options: LowerOptions
     nodes = list(nodes)
     for node in nodes:  # first, as it reads the linear layers that its operands come from
         if is_op(node, "Attention"):
-            lower_attention(emitter, node, forms)
+            lower_attention(emitter, node, forms, opset)
     common_passes.RemoveUnusedNodesPass()(emitter.model)  # projections that were taken in are no linear layers any more
     for node in nodes:
         if node.graph is None or node.domain not in ONNX_DOMAINS:

@@ -53,7 +53,7 @@ class IntegerProjection:
     """[B, H, S, D] as columns of a product in integers, X W ~ (Xq - z) Wq (s t) + b.
 
     Attributes:
-        source: Xq, uint8 [B, S, C].
+        source: Xq, uint8 [B, S, C] or [B * S, C].
         scale: s, float32 scalar.
         zero: z, uint8 scalar.
         codes: Wq, int8 [C, H * D], the columns in the order of heads.

@@ -20,7 +20,7 @@ Rules
    `xform.pipeline.padding` puts before the outputs. Otherwise nothing is changed, and the remark names the reader.
 2. Exact on valid rows. Pads are whatever that `Where` puts there: zeros.
 3. Profitable: if at least one product is packed. What it wins grows with the share of pads; with none it costs two
-   copies of the rows per attention.
+   copies of the rows per attention, where a backend has no form of attention for packed tokens (ONNX Runtime has).
 """
 
 from __future__ import annotations

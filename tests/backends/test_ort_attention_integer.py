@@ -32,6 +32,9 @@ CONSTANTS = {
     "triangle": np.tri(S, dtype=bool).reshape(1, 1, S, S),
     "triangle_lowest": np.where(np.tri(S), 0, np.finfo(np.float32).min).astype(np.float32).reshape(1, 1, S, S),
     "triangle_infinite": np.where(np.tri(S), 0, -np.inf).astype(np.float32).reshape(1, 1, S, S),
+    "flat_triangle": np.tri(S, dtype=bool),
+    "batched_triangle": np.where(np.tri(S), 0, -np.inf).astype(np.float32).reshape(1, S, S),
+    "triangle_by_head": np.tri(S, dtype=bool) * np.ones((1, H, 1, 1), bool),
     "triangle_three": np.where(np.tri(S), 0, -3).astype(np.float32).reshape(1, 1, S, S),
     "band": np.tri(S, k=1, dtype=bool).reshape(1, 1, S, S),
     "some": (np.arange(S) % 2 == 0).reshape(1, 1, 1, S),
@@ -123,7 +126,10 @@ def test_masks_that_add_one_number_are_taken_in(number: str, inverted: bool) -> 
     assert compare(model, inputs(m=~allowed if inverted else allowed))[FORM] == 1
 
 
-@pytest.mark.parametrize("mask", ["triangle", "triangle_lowest", "triangle_infinite"])
+@pytest.mark.parametrize(
+    "mask",
+    ["triangle", "triangle_lowest", "triangle_infinite", "flat_triangle", "batched_triangle", "triangle_by_head"],
+)
 @pytest.mark.parametrize("size", [1, 1000])
 def test_constant_masks_that_are_the_causal_rule_are_said_as_that(mask: str, size: int) -> None:
     model = quantized(FLAT, reads=mask)

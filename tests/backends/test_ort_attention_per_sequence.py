@@ -31,6 +31,10 @@ CONSTANTS = {
     "future": np.tril(np.ones((S, S), bool))[None, None],
     "window": (np.abs(np.arange(S)[:, None] - np.arange(S)) < 2)[None, None],
     "no_first": (np.arange(S)[:, None] > 0)[None, None],
+    "others": ~np.eye(S, dtype=bool)[None, None],
+    "key_axes": np.array([1, 3]),
+    "wide": RNG.standard_normal((C, 2 * C)).astype(np.float32), "wide_out": RNG.standard_normal((2 * C, C)).astype("f"),
+    "wide_heads": np.array([0, 0, H, C]), "wide_merged": np.array([0, 0, 2 * C]),
     "slope": -0.1 * np.abs(np.arange(S)[:, None] - np.arange(S)).astype(np.float32)[None] * np.ones((H, 1, 1), "f"),
 }  # fmt: skip
 MASKS = {
@@ -40,6 +44,8 @@ MASKS = {
     "causal": "bias = And(keys, future)",
     "window": "bias = And(keys, window)",
     "queries without keys": "bias = And(keys, no_first)",
+    # a position without token that counts as one, the first, may see pads alone
+    "others of a kind": "rows = Unsqueeze(valid, key_axes) alike = Equal(rows, keys) bias = And(alike, others)",
     "by head": "open = Where(keys, zero, lowest) bias = Add(open, slope)",
 }
 SEPARATE = "q0 = MatMul(x, wq) q = Add(q0, b) k = MatMul(x, wk) v = MatMul(x, wv)"
@@ -153,8 +159,22 @@ def test_layers_share_what_is_taken_of_the_mask() -> None:
     assert len(loops) == 4  # attentions, and once for both: biases, and queries that may see nothing
 
 
-def test_the_form_can_be_written_at_older_opsets() -> None:
+def test_the_form_is_there_from_the_opset_on_that_knows_it() -> None:
     same(block("lowest"), "holes", opset=13)
+    same(block("lowest"), "holes", 0, opset=12)
+
+
+def test_heads_that_attention_splits_itself() -> None:
+    start, rest = block("lowest").split("qr =")
+    end = rest.split("ar = Reshape(at, merged)")[1]
+    attention = f"ar = Attention <q_num_heads = {H}, kv_num_heads = {H}> (q, k, v, bias)"
+    same(f"{start} {attention} {end}", "left")
+
+
+def test_values_of_another_size() -> None:
+    body = block(projections=SEPARATE.replace("v = MatMul(x, wv)", "v = MatMul(x, wide)"))
+    body = body.replace("(v, heads)", "(v, wide_heads)").replace("(at, merged)", "(at, wide_merged)")
+    same(body.replace("MatMul(ar, wo)", "MatMul(ar, wide_out)"), "holes")
 
 
 @pytest.mark.parametrize("pads", ["right", "empty"])

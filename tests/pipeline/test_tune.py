@@ -163,6 +163,24 @@ def test_what_takes_many_times_as_long_alone_meets_nobody(monkeypatch: pytest.Mo
     assert decision.speedups["onnxruntime, attention multi_head"] == pytest.approx(1.6)  # told all the same
 
 
+def test_what_met_nobody_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disturbed(Heats):
+        """The model as it came was disturbed while it ran alone."""
+
+        def __call__(self, subjects: Sequence[Deployed], feeds: Mapping[str, Any], **options: Any) -> list[Timing]:
+            if not options.get("seconds"):
+                self.milliseconds = [1.0, 3.0, 1.0, 20.0]
+            return super().__call__(subjects, feeds, **options)
+
+    model = parse("g (float[1,2,3,4] q) => (float[1,2,3,4] y) { y = Attention(q, q, q) }")
+    clock = Disturbed([1.0, 3.0, 1.2, 1.1], [1.0, 3.0, 1.2, 1.1])
+    monkeypatch.setattr(tune, "measure", clock)
+    found = tune.candidates(model, model, get_backend("onnxruntime", CPU), LowerOptions(), mode="full")
+    decision = tune.choose(found, CPU, {"q": np.ones((1, 2, 3, 4), np.float32)}, "full")[2]
+    assert clock.met == [[0, 2, 3], [0, 3]]
+    assert decision.chosen == "onnxruntime"
+
+
 @pytest.mark.parametrize(("milliseconds", "rounds"), [(1.0, [9, 25]), (1000.0, [9, 10]), (9000.0, [5, 5])])
 def test_slow_models_meet_in_fewer_rounds(
     milliseconds: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch

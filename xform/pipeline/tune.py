@@ -1,10 +1,11 @@
 """Measured choice: where several lowerings compete, the one that runs fastest on this machine.
 
 Each candidate is lowered, saved, and run in a process of its own with the settings of its artifact; they take turns,
-and are compared round by round (`xform.report.latency`); those that come near the fastest meet once more, alone, in
-more rounds. The model as it came is always among them: if nothing is faster, it is what the user gets. A decision is
-remembered by what the graphs are (without the numbers in their weights), the machine, the versions of the runtimes and
-the sizes of the inputs, so that the same call decides the same without a clock.
+and are compared round by round (`xform.report.latency`), but for those that took several times as long as the fastest
+when each was tried alone; those that come near the fastest meet once more, in more rounds. The model as it came is
+always among them: if nothing is faster, it is what the user gets. A decision is remembered by what the graphs are
+(without the numbers in their weights), the machine, the versions of the runtimes and the sizes of the inputs, so that
+the same call decides the same without a clock.
 """
 
 from __future__ import annotations
@@ -161,12 +162,12 @@ def choose(
             artifacts[candidate.label] = candidate.backend.lower(candidate.graph, target, candidate.options)
         except XformError as error:
             decision.failed[candidate.label] = error.what
-    _measure(artifacts, feeds, mode, decision, progress)
+    met = _measure(artifacts, feeds, mode, decision, progress)
     if not decision.milliseconds:
         reason = next(iter(decision.failed.values()), "there are none")
         raise TargetError(f"none of the lowerings runs here: {reason}", hint="use tune='off' to see the error in full")
-    baseline = INPUT if INPUT in decision.milliseconds else next(iter(decision.milliseconds))
-    decision.chosen = _fastest(decision, [c.label for c in competing], baseline)
+    baseline = INPUT if INPUT in met else met[0]
+    decision.chosen = _fastest(decision, met, baseline)
     _remember(decision)
     chosen = next(c for c in competing if c.label == decision.chosen)
     return chosen, artifacts[decision.chosen], decision
@@ -178,7 +179,8 @@ def _measure(
     mode: TuneMode,
     decision: Decision,
     progress: Callable[[str, int, int], None] | None,
-) -> None:
+) -> list[str]:
+    """Fill in the figures; gives the labels of those that met, in their order: figures of one alone say little."""
     with tempfile.TemporaryDirectory(prefix="xform-tune-") as folder:
         subjects = {}
         for index, (label, artifact) in enumerate(artifacts.items()):
@@ -192,10 +194,11 @@ def _measure(
             except TargetError as error:
                 decision.failed[label] = error.what
         if not alone:
-            return
+            return []
         _record(decision, alone)
         fastest = min(timing.median_ms for timing in alone.values())
         meeting = [label for label, t in alone.items() if label == INPUT or t.median_ms <= _HOPELESS * fastest]
+        everyone = list(meeting)
         for planned in (_ROUNDS[mode], _FINAL_ROUNDS[mode]):
             seconds = _SECONDS[mode]
             once = sum(max(seconds, _RUNS * decision.milliseconds[label] / 1e3) for label in meeting)
@@ -203,10 +206,11 @@ def _measure(
             met = [subjects[label] for label in meeting]
             heat = measure(met, feeds, rounds=rounds, seconds=seconds, progress=progress)
             _record(decision, dict(zip(meeting, heat, strict=True)))
-            best = max(decision.speedups.values())
+            best = max(decision.speedups[label] for label in meeting)
             meeting = [label for label in meeting if decision.speedups[label] >= _NEAR * best]
             if len(meeting) < 2:
-                return
+                break
+        return everyone
 
 
 def _record(decision: Decision, timings: Mapping[str, Timing]) -> None:

@@ -63,13 +63,12 @@ def one_round(run: Run, seconds: float) -> list[float]:
     """Milliseconds of each run, for about `seconds` and at least a few runs; two of a slow model."""
     start = time.perf_counter()
     run()
-    slow = time.perf_counter() - start > SLOW
-    for _ in range(0 if slow else WARM_UP - 1):
+    for _ in range(0 if time.perf_counter() - start > SLOW else WARM_UP - 1):
         run()
-    least = 2 if slow else MIN_RUNS
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
+    # the first run may be slow for being the first, the second is not
+    while len(times) < (2 if times and times[0] > SLOW * 1e3 else MIN_RUNS) or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         times.append((time.perf_counter() - start) * 1e3)
