@@ -29,10 +29,10 @@ from xform.backends.onnxruntime.attention_mask import Bias, Lengths, is_neutral,
 from xform.backends.onnxruntime.attention_packed import FORM, packed_attention
 from xform.backends.onnxruntime.attention_per_sequence import SEQUENCE_LOOPS_SINCE, attention_per_sequence
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
+from xform.backends.onnxruntime.projections import SWAP_HEADS, is_head_swap
 from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
 
 FORMS = ("packed", "multi_head")
-_SWAP_HEADS = [0, 2, 1, 3]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _split_heads(site: Site, value: ir.Value, heads: int) -> ir.Value:
     """[B, S, H*D] to [B, H, S, D]."""
     split = site.typed(site.op("Reshape", value, site.emitter.ints(0, 0, heads, -1)), value)
     shape = shape_of(value)
-    result: ir.Value = site.typed(site.op("Transpose", split, perm=_SWAP_HEADS), value)
+    result: ir.Value = site.typed(site.op("Transpose", split, perm=SWAP_HEADS), value)
     if shape is not None:
         width = shape[2] // heads if isinstance(shape[2], int) else None
         result.shape = ir.Shape((shape[0], heads, shape[1], width))
@@ -236,7 +236,7 @@ def _zero_empty_rows(site: Site, value: ir.Value, bias: Bias | None, dtype: ir.D
 
 def _merge_heads(site: Site, value: ir.Value) -> ir.Value:
     """[B, H, S, D] to [B, S, H*D]."""
-    swapped = site.op("Transpose", value, perm=_SWAP_HEADS)
+    swapped = site.op("Transpose", value, perm=SWAP_HEADS)
     result: ir.Value = site.op("Reshape", swapped, site.emitter.ints(0, 0, -1))
     return result
 
@@ -263,9 +263,7 @@ def _multi_head(site: Site, a: Operands) -> bool:
 def _is_head_split(value: ir.Value) -> bool:
     """Whether `value` is a transpose that swaps the heads and the sequence: [B, S, H, D] to [B, H, S, D], or back."""
     producer = value.producer()
-    return (
-        producer is not None and is_op(producer, "Transpose") and list(attribute(producer, "perm", [])) == _SWAP_HEADS
-    )
+    return producer is not None and is_head_swap(producer)
 
 
 def _tokens(site: Site, value: ir.Value) -> ir.Value:
@@ -306,4 +304,4 @@ def _deliver(
         site.graph.remove(site.node, safe=True)
         emitter.count(form)
         return
-    site.replace([(output, site.op("Transpose", split, perm=_SWAP_HEADS))], form)
+    site.replace([(output, site.op("Transpose", split, perm=SWAP_HEADS))], form)

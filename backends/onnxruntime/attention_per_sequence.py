@@ -34,15 +34,14 @@ import onnx_ir as ir
 
 from xform.backends.onnxruntime.attention_mask import make_bias
 from xform.backends.onnxruntime.emit import Body, Site
-from xform.backends.onnxruntime.projections import before_layout, order_of_columns
-from xform.graph.values import Dim, attribute, constant, is_op, rank_of, same_dim, shape_of, used_once
+from xform.backends.onnxruntime.projections import before_layout, is_head_swap, order_of_columns
+from xform.graph.values import Dim, attribute, is_op, rank_of, same_dim, scalar, shape_of, used_once
 
 if TYPE_CHECKING:
     from xform.backends.onnxruntime.attention import Operands
 
 FORM = "attention: by sequence"
 SEQUENCE_LOOPS_SINCE = 13  # a Loop of an older opset carries tensors alone
-_SWAP_HEADS = [0, 2, 1, 3]
 _SHORTEST = 32  # positions of a sequence; below, the loop (35 us a sequence) costs more than the pads
 
 
@@ -127,11 +126,11 @@ def _is_unpacking(node: ir.Node) -> bool:
 def _valid(places: ir.Value) -> ir.Value | None:
     """The vector that `places` was counted from, as `pack_tokens` does."""
     where = _made_by(_read_by(places, "Reshape"), "Where")
-    if where is None or not _is_number(where.inputs[2], 0):
+    if where is None or scalar(where.inputs[2]) != 0:
         return None
     order = _made_by(where.inputs[1], "Sub")
-    count = _made_by(order.inputs[0], "CumSum") if order is not None and _is_number(order.inputs[1], 1) else None
-    if count is None or not _is_number(count.inputs[1], 0):
+    count = _made_by(order.inputs[0], "CumSum") if order is not None and scalar(order.inputs[1]) == 1 else None
+    if count is None or scalar(count.inputs[1]) != 0:
         return None
     if attribute(count, "exclusive", 0) or attribute(count, "reverse", 0):
         return None
@@ -150,16 +149,11 @@ def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
     return None if node is None else node.inputs[0]
 
 
-def _is_number(value: ir.Value | None, number: int) -> bool:
-    array = constant(value, max_elements=1)
-    return array is not None and array.size == 1 and int(array.reshape(())) == number
-
-
 def _packing(output: ir.Value, valid: ir.Value, width: int) -> ir.Node | None:
     """The Gather that packs the result of an attention by the rows of `valid`, if nothing else reads it."""
     readers = list(_only_readers(output))
     if rank_of(output) == 4:
-        if not readers or not is_op(readers[0], "Transpose") or list(attribute(readers[0], "perm", ())) != _SWAP_HEADS:
+        if not readers or not is_head_swap(readers[0]):
             return None
         readers = readers[1:]
     packing = next((node for node in readers if not is_op(node, "Reshape")), None)
@@ -173,7 +167,7 @@ def _packing(output: ir.Value, valid: ir.Value, width: int) -> ir.Node | None:
 
 def _only_readers(value: ir.Value) -> Iterator[ir.Node]:
     """What reads a value first, what reads that, and so on while there is one reader."""
-    while used_once(value) and not value.is_graph_output():
+    while used_once(value):
         (use,) = value.uses()
         if use.idx != 0:
             return
@@ -203,8 +197,8 @@ def _sequences(site: Site, valid: ir.Value, rows: ir.Value, places: ir.Value) ->
         # ONNX Runtime's fused products die (SIGFPE) on tensors without elements: leave out sequences without tokens
         which = site.op("Reshape", site.op("NonZero", site.op("Reshape", lengths, ints(-1))), ints(-1))
         ends = site.op("CumSum", lengths, zero)
-        starts, ends = (site.op("Gather", of_all, which, axis=0) for of_all in (site.op("Sub", ends, lengths), ends))
-        return _Sequences(site.op("Size", which), which, starts, ends, site.op("Mod", rows, length))
+        first, behind = (site.op("Gather", of_all, which, axis=0) for of_all in (site.op("Sub", ends, lengths), ends))
+        return _Sequences(site.op("Size", which), which, first, behind, site.op("Mod", rows, length))
 
     found: _Sequences = site.emitter.shared(site.graph, ("sequences", valid, rows, places), make)
     return found

@@ -19,6 +19,7 @@ from xform.graph.values import Array, attribute, constant, is_op, shape_of
 
 _LAYOUT = ("Transpose", "Reshape", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity")
 _MAX_INDICES = 1 << 24  # elements of the index array, 4 bytes each; 8 images in Swin windows are 1 << 23
+SWAP_HEADS = [0, 2, 1, 3]
 _STAND_INS = (2, 5, 7, 11)  # numbers for symbolic dims
 
 
@@ -37,6 +38,11 @@ class Projection:
     weight: Array
     bias: Array
     nodes: tuple[ir.Node, ...]
+
+
+def is_head_swap(node: ir.Node) -> bool:
+    """Whether a node transposes [B, S, H, D] to [B, H, S, D], or back."""
+    return is_op(node, "Transpose") and list(attribute(node, "perm", [])) == SWAP_HEADS
 
 
 def read_projection(value: ir.Value) -> Projection | None:

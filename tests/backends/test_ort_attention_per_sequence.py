@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from packed_support import BLOCK, PADDING, TOGETHER, B, C, H, S
 from support import parse
 
 from xform.backends import LoadOptions, LowerOptions, get_backend
@@ -17,7 +18,6 @@ from xform.target import Target
 
 CPU = Target("cpu")
 FORM = "attention: by sequence"
-B, S, C, H = 3, 6, 8, 2
 RNG = np.random.default_rng(0)
 WEIGHTS = {name: RNG.standard_normal((C, C)).astype(np.float32) for name in ("wq", "wk", "wv", "wo")}
 CONSTANTS = {
@@ -49,21 +49,6 @@ MASKS = {
     "by head": "open = Where(keys, zero, lowest) bias = Add(open, slope)",
 }
 SEPARATE = "q0 = MatMul(x, wq) q = Add(q0, b) k = MatMul(x, wk) v = MatMul(x, wv)"
-TOGETHER = "qkv = MatMul(x, wqkv) q, k, v = Split <axis = 2, num_outputs = 3> (qkv)"
-BLOCK = """
-    valid = Cast <to = 9> (mask) keys = Unsqueeze(valid, axes) @mask @projections
-    qr = Reshape(q, heads) qh = Transpose <perm = [0, 2, 1, 3]> (qr)
-    kr = Reshape(k, heads) kh = Transpose <perm = [0, 2, 1, 3]> (kr)
-    vr = Reshape(v, heads) vh = Transpose <perm = [0, 2, 1, 3]> (vr)
-    a = Attention <scale = 0.4> (qh, kh, vh, bias) at = Transpose <perm = [0, 2, 1, 3]> (a) ar = Reshape(at, merged)
-    o = MatMul(ar, wo) z = Add(x, o) there = Unsqueeze(valid, last) y = Where(there, z, zero)"""
-PADDING = {
-    "right": [[1, 1, 1, 1, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]],
-    "left": [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [1] * 6],
-    "holes": [[0, 1, 0, 1, 1, 0], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]],
-    "none": [[1] * 6] * 3,
-    "empty": [[0] * 6, [1, 1, 0, 0, 0, 0], [0] * 6],
-}
 
 
 def model_of(body: str, batch: object = B, length: object = S, more: str = "") -> ir.Model:
@@ -76,7 +61,8 @@ def model_of(body: str, batch: object = B, length: object = S, more: str = "") -
 
 
 def block(mask: str = "boolean", projections: str = SEPARATE) -> str:
-    return BLOCK.replace("@mask", MASKS[mask]).replace("@projections", projections)
+    body = BLOCK.replace("@mask", MASKS[mask]).replace("@projections", projections)
+    return body.replace("Attention(", "Attention <scale = 0.4> (")
 
 
 def feeds(pads: str) -> dict[str, np.ndarray]:

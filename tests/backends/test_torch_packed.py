@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from packed_support import BLOCK, PADDING, TOGETHER, B, C, H, S
 from support import parse
 
 from xform.backends.torch_triton.fuse import counts, fuse
@@ -22,7 +23,6 @@ from xform.passes.attention import PackTokens
 from xform.rewrite.passes import PassContext
 from xform.target import Target
 
-B, S, C, H = 3, 6, 8, 2
 RNG = np.random.default_rng(0)
 WEIGHTS = {name: RNG.standard_normal((C, C)).astype(np.float32) for name in ("wq", "wk", "wv", "wo")}
 CONSTANTS = {
@@ -41,21 +41,6 @@ MASKS = {
     "slope": "open = Where(keys, zero, lowest) bias = Add(open, slope)",
 }
 SEPARATE = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)"
-TOGETHER = "qkv = MatMul(x, wqkv) q, k, v = Split <axis = 2, num_outputs = 3> (qkv)"
-BLOCK = """
-    valid = Cast <to = 9> (mask) keys = Unsqueeze(valid, axes) @mask @projections
-    qr = Reshape(q, heads) qh = Transpose <perm = [0, 2, 1, 3]> (qr)
-    kr = Reshape(k, heads) kh = Transpose <perm = [0, 2, 1, 3]> (kr)
-    vr = Reshape(v, heads) vh = Transpose <perm = [0, 2, 1, 3]> (vr)
-    a = Attention(qh, kh, vh, bias) at = Transpose <perm = [0, 2, 1, 3]> (a) ar = Reshape(at, merged)
-    o = MatMul(ar, wo) z = Add(x, o) there = Unsqueeze(valid, last) y = Where(there, z, zero)"""
-PADDING = {
-    "right": [[1, 1, 1, 1, 0, 0], [1] * 6, [1, 0, 0, 0, 0, 0]],
-    "left": [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [1] * 6],
-    "holes": [[0, 1, 0, 1, 1, 0], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]],
-    "none": [[1] * 6] * 3,
-    "empty": [[0] * 6, [1, 1, 0, 0, 0, 0], [0] * 6],
-}
 
 
 def model_of(mask: str, projections: str = SEPARATE, *, dynamic: bool = False) -> Any:
