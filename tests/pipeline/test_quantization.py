@@ -53,8 +53,9 @@ def test_each_backend_gets_its_form_with_what_was_asked_for() -> None:
     found = quantization(net(), images(), asked)
     dynamic, static = found.form_for("onnxruntime"), found.form_for("openvino")
     assert (dynamic.name, static.name) == ("dynamic", "static")
-    assert dynamic.passes == (ApproximateGelu(), asked)
-    (one,) = static.passes
+    assert dynamic.passes == (ApproximateGelu("tanh"), asked)
+    gelu, one = static.passes
+    assert gelu == ApproximateGelu("polynomial")
     assert isinstance(one, QuantizeStatic) and one.ranges
     assert (one.keep, one.weight_bits, one.max_error) == (("none",), 8, 0.5)
     assert "static: 2 convolutions in int8" in static.remarks[-1].reason

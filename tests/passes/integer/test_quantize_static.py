@@ -224,3 +224,39 @@ def test_codes_cover_the_range_and_zero_is_exact(low: float, high: float) -> Non
     assert scale.shape == zero.shape == () and zero.dtype == np.uint8 and scale.dtype == np.float32
     s, z = float(scale), float(zero)
     assert (0 - z) * s <= min(low, 0) + s and (255 - z) * s >= max(high, 0) - s
+
+
+HEAD = "g (float[{rows},256] x) => (float[{rows},300] y) {{ m = MatMul(x, w) y = Add(m, b) }}"
+
+
+def head_constants(columns: int = 300) -> dict[str, np.ndarray]:
+    return {"w": weights(columns, 256).T.copy(), "b": RNG.standard_normal(columns).astype(np.float32)}
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_of_a_product_of_few_rows_the_weight_alone_is_in_int8(rows: int) -> None:
+    constants = head_constants()
+    feeds = {"x": RNG.standard_normal((rows, 256)).astype(np.float32)}
+    model = parse(declared(HEAD.format(rows=rows), constants), constants)
+    log = apply(model, QuantizeStatic({}))  # no range is needed
+    assert ops(model) == ["DequantizeLinear", "MatMul", "Add"] and applied(log, "weight") == 1
+    codes, scale = weight_codes(constants["w"], 1, 0, 8)
+    expected = feeds["x"].astype(np.float64) @ (codes * scale.astype(np.float64)) + constants["b"]
+    np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_other_products_are_not_bound_by_their_weight() -> None:
+    constants = head_constants()
+    for rows, options in ((9, {}), (8, {"few_rows": 0}), ("b", {})):
+        model = parse(declared(HEAD.format(rows=rows), constants), constants)
+        log = apply(model, QuantizeStatic({}, products=True, **options))  # type: ignore[arg-type]
+        assert ops(model) == ["MatMul", "Add"] and any("there is no range for x" in one for one in missed(log))
+    kept = parse(declared(HEAD.format(rows=1), constants), constants)
+    kept.graph[0].name = "head"
+    assert any("too much accuracy" in one for one in missed(apply(kept, QuantizeStatic({}, keep=("head",)))))
+    constants = head_constants(200)
+    small = parse(declared(HEAD.format(rows=1).replace("300", "200"), constants), constants)
+    assert any("51200 weights are too few to pay" in one for one in missed(apply(small, QuantizeStatic({}))))
+    constants["w"][3, 3] = np.inf
+    bad = parse(declared(HEAD.format(rows=1).replace("300", "200"), constants), constants)
+    assert any("not finite" in one for one in missed(apply(bad, QuantizeStatic({}))))
