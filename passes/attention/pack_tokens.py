@@ -41,6 +41,7 @@ from xform.passes.attention.padding import (
     holds_tokens,
     is_layout,
     is_token_wise,
+    token_axis,
 )
 from xform.rewrite.builder import Builder
 from xform.rewrite.passes import Pass, PassContext
@@ -114,8 +115,10 @@ def _offender(packed: Sequence[ir.Node], padding: Padding) -> ir.Node | None:
                 return reader
             if is_layout(reader) and index == 0:
                 waiting += list(reader.outputs)
-            elif reader in padding.attentions and index < 3:
+            elif reader in padding.attentions and index == 0:
                 waiting.append(reader.outputs[0])
+            elif reader in padding.attentions and index < 3:
+                continue  # keys and values that are pads have no weight
             else:
                 return reader
     return None
@@ -124,15 +127,16 @@ def _offender(packed: Sequence[ir.Node], padding: Padding) -> ir.Node | None:
 def _ignores_pads(reader: ir.Node, index: int, value: ir.Value, padding: Padding) -> bool:
     if is_op(reader, "Where"):
         return index == 1 and computed_from_mask_alone(reader.inputs[0], padding)
-    if not holds_tokens(value, padding):
+    axis = token_axis(value, padding)
+    if axis is None:
         return False
     if is_op(reader, "Gather") and index == 0:
         which = constant(reader.inputs[1], max_elements=1)
-        axis = reader.attributes.get_int("axis", 0)
-        return axis == 1 and which is not None and which.size == 1 and int(which.reshape(())) == 0
+        along = reader.attributes.get_int("axis", 0)
+        return along == axis and which is not None and which.size == 1 and int(which.reshape(())) == 0
     if is_op(reader, "Slice") and index == 0:
         parameters = [constant(v, max_elements=1) for v in reader.inputs[1:4]]
-        return [None if p is None else p.tolist() for p in parameters] == [[0], [1], [1]]
+        return [None if p is None else p.tolist() for p in parameters] == [[0], [1], [axis]]
     return False
 
 

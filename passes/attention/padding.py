@@ -82,6 +82,20 @@ def holds_tokens(value: ir.Value | None, padding: Padding) -> bool:
     return shape is not None and len(shape) == 3 and shape[:2] == padding.dims and isinstance(shape[2], int)
 
 
+def token_axis(value: ir.Value | None, padding: Padding) -> int | None:
+    """Which axis of [B, S, C] or [B, H, S, D] are the tokens; None of anything else."""
+    shape = shape_of(value)
+    if holds_tokens(value, padding):
+        return 1
+    heads = (
+        shape is not None
+        and len(shape) == 4
+        and shape[::2] == padding.dims
+        and all(isinstance(n, int) for n in shape[1::2])
+    )
+    return 2 if heads else None
+
+
 def is_token_wise(node: ir.Node, padding: Padding) -> bool:
     """Whether each row of the result depends on the same row of the operands only, and nothing else but constants."""
     if not holds_tokens(node.outputs[0], padding) or len([o for o in node.outputs if o.uses()]) > 1:

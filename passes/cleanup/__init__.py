@@ -6,6 +6,7 @@ from xform.passes.cleanup.deduplicate_initializers import DeduplicateInitializer
 from xform.passes.cleanup.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from xform.passes.cleanup.eliminate_identities import EliminateIdentities
 from xform.passes.cleanup.eliminate_no_ops import EliminateNoOps
+from xform.passes.cleanup.eliminate_unread_rows import EliminateUnreadRows
 from xform.passes.cleanup.fold_constants import FoldConstants
 from xform.passes.cleanup.fold_shape_arithmetic import FoldShapeArithmetic
 from xform.passes.cleanup.infer_shapes import InferShapes
@@ -18,6 +19,7 @@ __all__ = [
     "EliminateCommonSubexpressions",
     "EliminateIdentities",
     "EliminateNoOps",
+    "EliminateUnreadRows",
     "FoldConstants",
     "FoldShapeArithmetic",
     "InferShapes",

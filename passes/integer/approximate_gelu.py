@@ -13,14 +13,14 @@ Rules, one of which the pass has
 Left alone, quietly: Gelu that is approximated already; other dtypes, whose kernels were not measured.
 
 Either is at most 4.76e-4 off (at |x| near 2.7 by tanh; rule 2 beyond c by 6e-8 |x| at most, which is rounding); one
-code of an activation that reaches 1 is 3.9e-3. Which is fast depends on the runtime: ONNX Runtime's kernel of tanh takes
-0.61 of the time of erf (docs/onnxruntime-notes.md), but it does not fuse what rule 2 writes. OpenVINO does: as an
+code of an activation that reaches 1 is 3.9e-3. Which is fast depends on the runtime: ONNX Runtime's kernel of tanh
+takes 0.61 of the time of erf (docs/onnxruntime-notes.md), but it does not fuse what rule 2 writes. OpenVINO does: as an
 epilogue of int8 convolutions erf costs a fifth of RepViT and a quarter of FastViT, tanh three times as much, the
 polynomial half (docs/performance.md). For presets that are approximate.
 
-Sources: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units (GELUs)", section 2; rule 2 is a polynomial for erf on a
-clipped argument as in Kim et al. 2021, "I-BERT: Integer-only BERT Quantization", section 3.4, of a higher degree. Its
-coefficients minimize the largest error of the product with x (a linear program over 2,000 points).
+Sources: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units (GELUs)", section 2; rule 2 is a polynomial on a
+clipped argument, as Kim et al. 2021, "I-BERT: Integer-only BERT Quantization", section 3.4, have for erf, of a higher
+degree. Its coefficients minimize the largest error of the product with x (a linear program over 2,000 points).
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match
 from xform.rewrite.passes import Fidelity, PassContext, RewritePass
 from xform.rewrite.rule import QUIET, Failure, Rule
-
 
 _CLIPPED_AT = 3.66
 _COEFFICIENTS = (  # of u, u^3, ..., u^11

@@ -28,6 +28,7 @@ EXACT: tuple[str, ...] = (
     "raise_softmax",
     "raise_rotary",
     "raise_attention",
+    "eliminate_unread_rows",  # of the last block, by the meaning of its operators
     # algebra on weights
     "raise_block_linear",
     "merge_affine_maps",

@@ -13,7 +13,9 @@ from support import apply, missed, ops, parse
 import xform
 from xform.backends import LoadOptions, LowerOptions, get_backend
 from xform.errors import UsageError
+from xform.graph.values import shape_of
 from xform.passes.attention import PackTokens
+from xform.passes.cleanup import EliminateUnreadRows
 from xform.rewrite.passes import PassContext
 from xform.target import Target
 
@@ -125,6 +127,21 @@ def test_the_first_token_may_be_read(end: str, shape: str) -> None:
     np.testing.assert_allclose(run(packed(block(end, outputs=shape)), given)[0], expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [S, S, S], [1, 1, 1]])
+def test_the_first_token_may_be_all_that_the_last_block_computes(lengths: Any) -> None:
+    model = block("y = Gather <axis = 1> (z, first)", outputs=f"float[{B},{C}] y")
+    given = feeds(lengths)
+    expected = run(model, given)[0]
+    apply(model, EliminateUnreadRows())
+    (attention,) = (node for node in model.graph if node.op_type == "Attention")
+    assert shape_of(attention.inputs[0]) == (B, H, 1, C // H)
+    remarks = apply(model, PackTokens())
+    assert missed(remarks) == [] and any("2 operators run on packed tokens" in r.reason for r in remarks)  # k and v
+    np.testing.assert_allclose(run(model, given)[0], expected, rtol=2e-5, atol=2e-6)
+    dirty = np.where((given["mask"] == 0)[..., None] & (np.arange(S) > 0)[:, None], np.nan, given["x"])
+    np.testing.assert_allclose(run(model, {**given, "x": dirty.astype(np.float32)})[0], expected, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("end", "shape", "who"),
     [
@@ -187,6 +204,29 @@ def test_a_module_is_packed_verified_and_gives_zeros_in_pads() -> None:
     y = torch.randn(2, 9, 16)
     with torch.no_grad():
         torch.testing.assert_close(fast(y, more), module(y, more) * more[..., None], rtol=1e-4, atol=1e-5)
+
+
+class Classifier(Encoder):
+    """The first token of the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(super().forward(x, mask)[:, 0])
+        return result
+
+
+def test_a_classifier_computes_one_token_of_its_last_block_and_is_packed_before() -> None:
+    torch.manual_seed(0)
+    module = Classifier().eval()
+    x, mask = torch.randn(3, 7, 16), (torch.arange(7)[None] < torch.tensor([[3], [7], [5]])).long()
+    fast = xform.optimize(module, inputs=(x, mask), padding="packed", dynamic="auto")
+    assert not [r for r in fast.report.about("padding") if r.verdict == "missed"]
+    assert any("Attention" in r.reason and "1 of" in r.reason for r in fast.report.about("rows"))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, mask), module(x, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_mask_is_refused() -> None:
