@@ -18,7 +18,7 @@ import onnx_ir as ir
 from xform.backends.onnxruntime.attention_mask import Lengths, make_bias
 from xform.backends.onnxruntime.emit import MICROSOFT, Site
 from xform.backends.onnxruntime.projections import Projection, read_projection
-from xform.graph.values import is_op, rank_of, shape_of
+from xform.graph.values import is_op, rank_of, same_dim, shape_of
 
 if TYPE_CHECKING:
     from xform.backends.onnxruntime.attention import Operands
@@ -110,11 +110,12 @@ def _full(site: Site, bias: ir.Value, mask: ir.Value, a: Operands) -> ir.Value:
 
 def as_tokens(site: Site, source: ir.Value, query: ir.Value) -> ir.Value | None:
     """The input of the projections as [B, S, C]."""
-    if rank_of(source) == 3:
-        return source
-    shape = shape_of(query)
-    if rank_of(source) != 2 or shape is None:
+    shape, given = shape_of(query), shape_of(source)
+    if shape is None or given is None or len(given) not in (2, 3):
         return None
+    # one sequence may stand as [S, 1, C], whose rows are in the same order
+    if len(given) == 3 and same_dim(given[0], shape[0]) and same_dim(given[1], shape[2]):
+        return source
     maker = source.producer()
     before = maker.inputs[0] if maker is not None and is_op(maker, "Reshape") else None
     if before is not None and rank_of(before) == 3 and shape_of(before)[:2] == (shape[0], shape[2]):  # type: ignore[index]
@@ -122,9 +123,8 @@ def as_tokens(site: Site, source: ir.Value, query: ir.Value) -> ir.Value | None:
     batch, tokens = shape[0], shape[2]
     if not isinstance(batch, int) and not isinstance(tokens, int):
         return None
-    dims = [dim if isinstance(dim, int) else -1 for dim in (batch, tokens)]
-    width = shape_of(source)
-    if width is None or not isinstance(width[1], int):
+    dims, width = [dim if isinstance(dim, int) else -1 for dim in (batch, tokens)], given[-1]
+    if not isinstance(width, int):
         return None
-    value: ir.Value = site.op("Reshape", source, site.emitter.ints(*dims, width[1]))
+    value: ir.Value = site.op("Reshape", source, site.emitter.ints(*dims, width))
     return value

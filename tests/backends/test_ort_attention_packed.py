@@ -67,8 +67,9 @@ def constants() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make(body: str, *, mask: str = "", attributes: str = "", batch: str | int = B, tail: str = MERGE) -> ir.Model:
-    extra, tokens = f", {mask} m" if mask else "", S if batch == B else "s"
+def make(body: str, *, mask: str = "", attributes: str = "", batch: str | int = B, tokens: str | int | None = None,
+         tail: str = MERGE) -> ir.Model:  # fmt: skip
+    extra, tokens = f", {mask} m" if mask else "", tokens or (S if batch == B else "s")
     proto = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 23]>
         g (float[{batch},{tokens},{C}] x{extra}) => (float[{batch},{tokens},{HD}] y) {{
@@ -108,6 +109,16 @@ def test_every_way_to_split_heads_is_taken_in(spelling: str, causal: int) -> Non
     model = get_backend(None, CPU).lower(model, CPU, LowerOptions()).model  # type: ignore[attr-defined]
     left = {node.op_type for node in model.graph}
     assert left <= {"Attention", "Reshape"} and sum(node.op_type == "Reshape" for node in model.graph) <= 2
+
+
+@pytest.mark.parametrize("tokens", [S, "s"])
+def test_one_sequence_with_tokens_in_front_is_taken_in(tokens: int | str) -> None:
+    """torch.nn.MultiheadAttention has [S, B, C]; of one sequence the rows are in the same order, but not the axes."""
+    heads = "".join(HEADS.replace("_", name) for name in "qkv").replace("[0, 2, 1, 3]", "[1, 2, 0, 3]")
+    body = "f = Transpose <perm = [1, 0, 2]> (x) p0 = MatMul(f, w) p = Add(p0, b)"
+    body += f" q, k, v = Split <axis = 2, num_outputs = 3> (p) {heads}"
+    model = make(body, batch=1, tokens=tokens)
+    assert compare(model, {"x": inputs()["x"][:1]})[FORM] == 1
 
 
 @pytest.mark.parametrize("spelling", ["three", "split", "heads first"])
