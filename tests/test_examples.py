@@ -45,3 +45,9 @@ def test_torch_backend(tmp_path: Path) -> None:
 def test_cpu_int8(tmp_path: Path) -> None:
     text = _run("cpu_int8.py", tmp_path)
     assert "4 products in int8" in text and "12 operators run on packed tokens" in text
+
+
+def test_classifier(tmp_path: Path) -> None:
+    text = _run("classifier.py", tmp_path)
+    assert "scaled_dot_product_attention_3 on 1 of 64 rows" in text
+    assert "89.6 million operations, 110.6 with rows that nobody reads" in text

@@ -36,12 +36,12 @@ import onnx_ir.passes.common as common_passes
 from xform.graph.values import attributes_of, constant, display_name, is_op, shape_of
 from xform.passes.attention.padding import (
     Padding,
+    axis_after,
     computed_from_mask_alone,
     find_padding,
     holds_tokens,
     is_layout,
     is_token_wise,
-    token_axis,
 )
 from xform.rewrite.builder import Builder
 from xform.rewrite.passes import Pass, PassContext
@@ -98,10 +98,10 @@ def _is_packing(node: ir.Node) -> bool:
 def _offender(packed: Sequence[ir.Node], padding: Padding) -> ir.Node | None:
     """A node that would see what stands in the rows of pads; a graph output that would, as its producer."""
     inside = set(packed)
-    waiting = [node.outputs[0] for node in packed]
+    waiting: list[tuple[ir.Value, int | None]] = [(node.outputs[0], 1) for node in packed]
     seen: set[ir.Value] = set()
     while waiting:
-        value = waiting.pop()
+        value, axis = waiting.pop()  # and which of its axes are the tokens, None where that is not followed
         if value in seen:
             continue
         seen.add(value)
@@ -109,32 +109,38 @@ def _offender(packed: Sequence[ir.Node], padding: Padding) -> ir.Node | None:
         if value.is_graph_output() and producer is not None:
             return producer
         for reader, index in value.uses():
-            if reader in inside or _ignores_pads(reader, index, value, padding):
+            if reader in inside or _ignores_pads(reader, index, axis, padding):
                 continue
             if reader.graph is not padding.attentions[0].graph:
                 return reader
             if is_layout(reader) and index == 0:
-                waiting += list(reader.outputs)
-            elif reader in padding.attentions and index == 0:
-                waiting.append(reader.outputs[0])
+                waiting += [(output, axis_after(reader, axis)) for output in reader.outputs]
             elif reader in padding.attentions and index < 3:
-                continue  # keys and values that are pads have no weight
+                if any(output.uses() or output.is_graph_output() for output in reader.outputs[1:]):
+                    return reader  # keys and values as a cache, or the logits, of pads too
+                if index == 0 or not _hides_keys_alone(reader):
+                    waiting.append((reader.outputs[0], axis if index == 0 else None))
             else:
                 return reader
     return None
 
 
-def _ignores_pads(reader: ir.Node, index: int, value: ir.Value, padding: Padding) -> bool:
+def _hides_keys_alone(attention: ir.Node) -> bool:
+    """Whether the mask is one for all queries, so that keys and values which are pads have no weight for any."""
+    shape = shape_of(attention.inputs[3])
+    return shape is not None and len(shape) > 1 and shape[-2] == 1
+
+
+def _ignores_pads(reader: ir.Node, index: int, axis: int | None, padding: Padding) -> bool:
     if is_op(reader, "Where"):
         return index == 1 and computed_from_mask_alone(reader.inputs[0], padding)
-    axis = token_axis(value, padding)
-    if axis is None:
+    if axis is None or index != 0:
         return False
-    if is_op(reader, "Gather") and index == 0:
+    if is_op(reader, "Gather"):
         which = constant(reader.inputs[1], max_elements=1)
         along = reader.attributes.get_int("axis", 0)
         return along == axis and which is not None and which.size == 1 and int(which.reshape(())) == 0
-    if is_op(reader, "Slice") and index == 0:
+    if is_op(reader, "Slice"):
         parameters = [constant(v, max_elements=1) for v in reader.inputs[1:4]]
         return [None if p is None else p.tolist() for p in parameters] == [[0], [1], [axis]]
     return False

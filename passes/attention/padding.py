@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from xform.graph.values import Dim, attribute, constant_tensor, is_constant, is_op, rank_of, shape_of
+from xform.graph.values import (
+    Dim,
+    attribute,
+    constant_tensor,
+    is_constant,
+    is_op,
+    rank_of,
+    same_dim,
+    same_size,
+    shape_of,
+)
 from xform.patterns.elementwise import BINARY, UNARY
 
 _LAYOUT = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Gather", "Identity")
@@ -82,20 +92,6 @@ def holds_tokens(value: ir.Value | None, padding: Padding) -> bool:
     return shape is not None and len(shape) == 3 and shape[:2] == padding.dims and isinstance(shape[2], int)
 
 
-def token_axis(value: ir.Value | None, padding: Padding) -> int | None:
-    """Which axis of [B, S, C] or [B, H, S, D] are the tokens; None of anything else."""
-    shape = shape_of(value)
-    if holds_tokens(value, padding):
-        return 1
-    heads = (
-        shape is not None
-        and len(shape) == 4
-        and shape[::2] == padding.dims
-        and all(isinstance(n, int) for n in shape[1::2])
-    )
-    return 2 if heads else None
-
-
 def is_token_wise(node: ir.Node, padding: Padding) -> bool:
     """Whether each row of the result depends on the same row of the operands only, and nothing else but constants."""
     if not holds_tokens(node.outputs[0], padding) or len([o for o in node.outputs if o.uses()]) > 1:
@@ -125,3 +121,26 @@ def is_per_channel(value: ir.Value) -> bool:
 def is_layout(node: ir.Node) -> bool:
     """Whether a node only moves elements."""
     return is_op(node, *_LAYOUT)
+
+
+def axis_after(node: ir.Node, axis: int | None) -> int | None:
+    """Where an axis of a layout operator's operand is in its results; None where it is not, or sizes do not tell."""
+    before, after = shape_of(node.inputs[0]), shape_of(node.outputs[0])
+    if axis is None or before is None or after is None:
+        return None
+    if is_op(node, "Identity"):
+        return axis
+    if is_op(node, "Transpose"):
+        perm = attribute(node, "perm")
+        return list(perm).index(axis) if perm is not None else len(before) - 1 - axis
+    if is_op(node, "Split", "Slice") and len(before) == len(after):
+        return axis if same_dim(before[axis], after[axis]) else None
+    if is_op(node, "Reshape", "Squeeze", "Unsqueeze"):
+        stays = (i for i in range(len(after)) if same_dim(after[i], before[axis]) and _lies_at(before, axis, after, i))
+        return next(stays, None)
+    return None
+
+
+def _lies_at(before: tuple[Dim, ...], axis: int, after: tuple[Dim, ...], at: int) -> bool:
+    """Whether as many elements lie in front of and behind an axis of a view and one of its operand."""
+    return same_size(before[:axis], after[:at]) and same_size(before[axis + 1 :], after[at + 1 :])

@@ -8,18 +8,20 @@ that treats the indices of this axis alike and apart satisfies
 
 so S is moved in front of f, again and again, until something needs the whole axis or has another reader. In the last
 block of a vision transformer that leaves one token to the attention's queries, to its output projection and to the
-feed-forward network: nine of twelve parts of the block.
+feed-forward network: nine of twelve parts of the block, ten where queries have a product of their own.
 
 Rules
 1. `select_first`: f is an elementwise operator, Sum, Where or Clip (operands that are broadcast along the axis stay);
-   LayerNormalization, RMSNormalization or Softmax over other axes; MatMul, along rows and batch; Transpose; a view,
-   where an axis that it merges or splits leaves one index, a block or a stride (of a batch's rows, say); Attention,
-   along queries [B, H, S, D] and the same axis of its mask. Its causal rule lets the last query see every key, so there
-   it vanishes; other queries keep it, and stop the rule with a remark. A Gather that drops the axis moves as one that
-   keeps it, and a Squeeze takes its place.
+   LayerNormalization and RMSNormalization over axes behind it, Softmax over another one; MatMul, along rows and batch;
+   Transpose; a view, where an axis that it merges or splits leaves one index, a block or a stride (of a batch's rows,
+   say); Attention, along queries [B, H, S, D] and the same axis of its mask. Its causal rule lets the last query see
+   every key, so there it vanishes; other queries keep it, and stop the rule with a remark. A Gather that drops the axis
+   moves as one that keeps it, and a Squeeze takes its place.
 
 Legal: every reader of f's result keeps the same indices, and it is no graph output.
-Profitable: at most half of the indices are kept; of an axis of unknown size at most one.
+Profitable: at most half of the indices are kept, of an axis of unknown size at most one; and a product, an attention, a
+norm, a softmax or a Transpose comes to be computed on fewer rows, as elementwise operators and views alone cost less
+where they are, fused with what is in front of them.
 
 Exact: every number that is left is computed from the same numbers as before.
 """
@@ -27,7 +29,7 @@ Exact: every number that is left is computed from the same numbers as before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,7 +37,7 @@ import onnx_ir as ir
 
 from xform.graph.values import ORIGIN, Dim, attribute, attributes_of, display_name, is_op, rank_of, same_dim, shape_of
 from xform.passes.cleanup.local import axes_of, given, integers
-from xform.passes.cleanup.row_selection import Selection, selection_of, through_view
+from xform.passes.cleanup.row_selection import Selection, drops_axis, selection_of, through_view
 from xform.passes.cleanup.simplify_layout import permutation
 from xform.patterns.elementwise import BINARY, UNARY
 from xform.rewrite.builder import Builder
@@ -44,7 +46,9 @@ from xform.rewrite.passes import PassContext, RewritePass
 from xform.rewrite.pattern import Key
 from xform.rewrite.rule import QUIET, Failure, Rule
 
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor")
 _ALONG_OTHER_AXES = ("LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax")
+_WORK = ("MatMul", "Attention", "Transpose", *_ALONG_OTHER_AXES)
 _QUERIES = 2  # axis of Attention's queries, [B, H, S, D]
 
 
@@ -88,27 +92,25 @@ class SelectFirst(Rule):
         readers = list(dict.fromkeys(reader for reader, _ in x.uses()))
         if any(reader.graph is not node.graph or selection_of(reader) != selection for reader in readers):
             return
-        moved = _moved(maker, selection)
+        size = _size(x, selection)
+        moved = _moved(maker, selection) if _is_few(selection, size) else None
         if isinstance(moved, Failure):
-            if moved is not QUIET:
-                yield moved
-            return
-        if moved is not None:
+            yield moved
+        elif moved is not None:
             yield Match(
                 nodes={"maker": maker, **{f"reader {i}": reader for i, reader in enumerate(readers)}},
                 roots=tuple(reader.outputs[0] for reader in readers),
                 data={"selection": selection, "moved": moved, "readers": readers},
-                note=f"{maker.op_type} {display_name(maker)} on {selection.most(_size(x, selection))} of "
-                f"{_size(x, selection)} rows",
+                note=f"{maker.op_type} {display_name(maker)} on {selection.most(size)} of {size} rows",
             )
 
     def profit(self, match: Match, context: PassContext) -> Failure | None:
-        """At most half of the axis is kept, and something; of an axis of unknown size at most one index."""
-        selection: Selection = match.data["selection"]
-        size = _size(match.node("maker").outputs[0], selection)
-        most = selection.most(size)
-        pays = most is not None and (0 < 2 * most <= size if isinstance(size, int) else most == 1)
-        return None if pays else QUIET
+        """What costs is computed on fewer rows, now or when the selection gets there.
+
+        Of elementwise operators and views alone a runtime would lose the fusion with what is in front of them. That at
+        most half of the axis is kept, of an axis of unknown size at most one index, was asked for before.
+        """
+        return None if _reaches_work(match.node("maker"), match.data["selection"]) else QUIET
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         maker, selection, moved = match.node("maker"), match.data["selection"], match.data["moved"]
@@ -124,8 +126,7 @@ class SelectFirst(Rule):
         result = build.op(maker.op_type, *inputs, domain=maker.domain, **attributes)
         results = []
         for reader in match.data["readers"]:
-            keeps = rank_of(reader.outputs[0]) == rank_of(result)
-            results.append(result if keeps else build.op("Squeeze", result, [selection.axis]))
+            results.append(build.op("Squeeze", result, [selection.axis]) if drops_axis(reader) else result)
         for index, made in enumerate(build.nodes):  # so that a long way up does not collect the names along it
             made.metadata_props[ORIGIN] = display_name(maker if index == selected else match.data["readers"][0])
         return results
@@ -136,6 +137,31 @@ def _size(x: ir.Value, selection: Selection) -> Dim:
     return None if shape is None else shape[selection.axis]
 
 
+def _is_few(selection: Selection, size: Dim) -> bool:
+    """At most half of the axis, and something; of an axis of unknown size at most one index."""
+    most = selection.most(size)
+    return most is not None and (0 < 2 * most <= size if isinstance(size, int) else most == 1)
+
+
+def _reaches_work(node: ir.Node, selection: Selection) -> bool:
+    """Whether a selection of what `node` gives can move in front of work, by way of what can be moved."""
+    waiting, seen = [(node, selection)], {node}
+    while waiting:
+        at, kept = waiting.pop()
+        moved = _moved(at, kept)
+        if moved is None or isinstance(moved, Failure):
+            continue
+        if is_op(at, *_WORK):
+            return True
+        for index, axis in moved.axes.items():
+            operand = at.inputs[index]
+            maker = operand.producer() if operand is not None else None
+            if maker is not None and maker not in seen:
+                seen.add(maker)
+                waiting.append((maker, moved.selection or replace(kept, axis=axis)))
+    return False
+
+
 def _moved(node: ir.Node, selection: Selection) -> _Moved | Failure | None:
     """How `node` is computed from selected operands; None where it cannot be."""
     shape = shape_of(node.outputs[0])
@@ -144,12 +170,13 @@ def _moved(node: ir.Node, selection: Selection) -> _Moved | Failure | None:
     axis = selection.axis
     if is_op(node, *UNARY, "Clip"):
         return _Moved({0: axis}) if all(v is None or rank_of(v) == 0 for v in node.inputs[1:]) else None
-    if is_op(node, *BINARY, "Sum", "Where"):
+    if is_op(node, *BINARY, *_COMPARISONS, "Sum", "Where"):
         return _broadcast(node, range(len(node.inputs)), shape, axis)
     if is_op(node, *_ALONG_OTHER_AXES):
         over = attribute(node, "axis", -1) % len(shape)
-        apart = axis < over or (axis != over and is_op(node, "Softmax", "LogSoftmax"))
-        return _Moved({0: axis}) if apart else None
+        if is_op(node, "Softmax", "LogSoftmax"):
+            return _Moved({0: axis}) if axis != over else None
+        return _broadcast(node, range(len(node.inputs)), shape, axis) if axis < over else None
     if is_op(node, "MatMul"):
         return _product(node, shape, axis)
     if is_op(node, "Transpose"):
@@ -167,6 +194,8 @@ def _broadcast(node: ir.Node, indices: Sequence[int], shape: tuple[Dim, ...], ax
     axes = {}
     for index in indices:
         operand = shape_of(node.inputs[index])
+        if node.inputs[index] is None:
+            continue
         if operand is None:
             return None
         at = axis - (len(shape) - len(operand))
@@ -215,7 +244,9 @@ def _attention(node: ir.Node, shape: tuple[Dim, ...], selection: Selection) -> _
     if any(v is not None for v in node.inputs[4:]):  # a cache, or lengths of keys
         return None
     causal = bool(attribute(node, "is_causal", 0))
-    if causal and not (selection.is_last(queries[_QUERIES]) and same_dim(queries[_QUERIES], keys[_QUERIES])):
+    if causal and not same_dim(queries[_QUERIES], keys[_QUERIES]):
+        return None
+    if causal and not selection.is_last(queries[_QUERIES]):
         return Failure("only the last query sees all keys under the causal rule, and it is not the one kept", (node,))
     axes = {0: _QUERIES}
     mask = given(node, 3)

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import Array, Dim, attribute, constant, is_op, rank_of, same_dim, shape_of
+from xform.graph.values import Array, Dim, attribute, constant, is_op, same_dim, same_size, shape_of
 from xform.passes.cleanup.local import given, integers
 from xform.rewrite.builder import Builder
 
@@ -80,15 +80,23 @@ def selection_of(node: ir.Node) -> Selection | None:
     if found is None or not isinstance(size, int):
         return found
     if found.sliced:
-        return replace(found, kept=slice(*found.kept).indices(size))
+        start, end, step = slice(*found.kept).indices(size)
+        single = len(range(start, end, step)) == 1  # said as a Gather says it, so that both are one selection
+        return Selection(found.axis, (start,), sliced=False) if single else replace(found, kept=(start, end, step))
     inside = all(-size <= index < size for index in found.kept)
     return replace(found, kept=tuple(index % size for index in found.kept)) if inside else None
 
 
+def drops_axis(node: ir.Node) -> bool:
+    """Whether a node that `selection_of` reads is a Gather by one index of rank 0, whose result has an axis less."""
+    which = constant(given(node, 1)) if is_op(node, "Gather") else None
+    return which is not None and which.ndim == 0
+
+
 def _gathered(node: ir.Node, rank: int) -> Selection | None:
     which = given(node, 1)
-    kept = integers(which)
-    if not kept or (rank_of(which) or 0) > 1:
+    kept, array = integers(which), constant(which)
+    if not kept or array is None or array.ndim > 1:
         return None
     return Selection(attribute(node, "axis", 0) % rank, tuple(kept), sliced=False)
 
@@ -119,13 +127,13 @@ def through_view(before: Sequence[Dim], after: Sequence[Dim], selection: Selecti
 def _tied(before: Sequence[Dim], after: Sequence[Dim], axis: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The fewest axes before and after a view, `axis` of the latter among them, that have the same elements."""
     starts = [
-        (i, j) for j in range(axis, -1, -1) for i in range(len(before), -1, -1) if _same_size(before[:i], after[:j])
+        (i, j) for j in range(axis, -1, -1) for i in range(len(before), -1, -1) if same_size(before[:i], after[:j])
     ]
     ends = [
         (i, j)
         for j in range(axis + 1, len(after) + 1)
         for i in range(starts[0][0] + 1, len(before) + 1)
-        if _same_size(before[i:], after[j:])
+        if same_size(before[i:], after[j:])
     ]
     return ((starts[0][0], ends[0][0]), (starts[0][1], ends[0][1])) if ends else ((0, len(before)), (0, len(after)))
 
@@ -172,11 +180,3 @@ def _selection_in(dims: Sequence[Dim], first: int, index: _Index) -> Selection |
     if len(sizes) == 1 and index.inner == 1:
         return Selection(first, (index.index, sizes[0], index.size), sliced=True)
     return None
-
-
-def _same_size(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
-    """Whether two lists of dims provably have one product."""
-    names = [sorted(str(dim) for dim in dims if not isinstance(dim, int)) for dims in (a, b)]
-    if None in (*a, *b) or names[0] != names[1]:
-        return False
-    return prod(d for d in a if isinstance(d, int)) == prod(d for d in b if isinstance(d, int))

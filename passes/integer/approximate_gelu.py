@@ -9,10 +9,10 @@ Rules, one of which the pass has
 
     x/2 (1 + erf(x / sqrt 2))  ~  x (1/2 + u P(u^2))        u = clip(x, -c, c)
 
-   with P of degree 5 and c = 3.66, and c P(c^2) = 1/2, so that it is x and 0 beyond c.
+   with P of degree 5 and c = 3.66, and c P(c^2) = 1/2 up to rounding, so that it is x and 0 beyond c.
 Left alone, quietly: Gelu that is approximated already; other dtypes, whose kernels were not measured.
 
-Either is at most 4.76e-4 off (at |x| near 2.7 by tanh; rule 2 beyond c by 6e-8 |x| at most, which is rounding); one
+Either is at most 4.76e-4 off (at |x| near 2.7 by tanh; rule 2 far beyond c by about 2e-7 |x|, which is rounding); one
 code of an activation that reaches 1 is 3.9e-3. Which is fast depends on the runtime: ONNX Runtime's kernel of tanh
 takes 0.61 of the time of erf (docs/onnxruntime-notes.md), but it does not fuse what rule 2 writes. OpenVINO does: as an
 epilogue of int8 convolutions erf costs a fifth of RepViT and a quarter of FastViT, tanh three times as much, the

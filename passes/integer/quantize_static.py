@@ -120,6 +120,12 @@ def rows_of(node: ir.Node) -> int | None:
     return math.prod(dim for dim in shape[:-1] if isinstance(dim, int))
 
 
+def _reads_weight_only(node: ir.Node, options: QuantizeStatic) -> bool:
+    """Whether a product has so few rows that reading its weight is what takes the time."""
+    rows = rows_of(node) if is_op(node, "MatMul") and _operands(node) is None else None
+    return rows is not None and rows <= options.few_rows
+
+
 class QuantizeWeight(Rule):
     """A product of few rows, whose weight alone becomes int8."""
 
@@ -136,8 +142,7 @@ class QuantizeWeight(Rule):
         return 1
 
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        rows = rows_of(node) if _operands(node) is None else None
-        if rows is not None and rows <= self._options.few_rows:  # of others QuantizeReaders tells what becomes of them
+        if _reads_weight_only(node, self._options):  # of others QuantizeReaders tells what becomes of them
             yield Match(nodes={"product": node}, roots=(node.outputs[0],))
 
     def check(self, match: Match, context: PassContext) -> Failure | None:
@@ -201,6 +206,8 @@ class QuantizeReaders(Rule):
         failure = _operands(node)
         if failure is not None:
             return failure
+        if _reads_weight_only(node, self._options):
+            return QUIET
         x = node.inputs[0]
         name = (x.name if x is not None else None) or ""
         if name not in self._ranges:
@@ -269,7 +276,7 @@ class QuantizeStatic(RewritePass):
     Attributes:
         ranges: Of activations by name (`xform.pipeline.calibration.activation_ranges`), or the file that holds them.
         keep: Original names of nodes that stay in float.
-        weight_bits: 8, 7, or 0 for 8 without saturation on this machine.
+        weight_bits: 8, 7, or 0 for 8 without saturation on this machine; products of few rows always have 8.
         products: Whether matrix products are quantized, not convolutions alone; None for where it pays here.
         smallest: Number of multiply-adds from which on a node pays.
         few_rows: Products of at most so many rows have int8 weights alone; 0 for none.

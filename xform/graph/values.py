@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -72,6 +74,14 @@ def rank_of(value: ir.Value | None) -> int | None:
 def same_dim(a: Dim, b: Dim) -> bool:
     """Whether two dims are provably equal: the same number, or the same symbol."""
     return a is not None and a == b
+
+
+def same_size(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    """Whether two lists of dims provably have one product, by numbers and names."""
+    names = [sorted(str(dim) for dim in dims if not isinstance(dim, int)) for dims in (a, b)]
+    if None in (*a, *b) or names[0] != names[1]:
+        return False
+    return prod(d for d in a if isinstance(d, int)) == prod(d for d in b if isinstance(d, int))
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:

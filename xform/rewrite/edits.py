@@ -64,14 +64,22 @@ def commit(
     """Insert what `builder` holds before the first root's node, move the readers of `roots`, remove what died.
 
     A root that is a graph output hands its name on; where the new value cannot carry it (it is an input, an
-    initializer or an output itself), an Identity does.
+    initializer, an output itself, or serves another output), an Identity does. A value that serves several roots has
+    the name of the first of them that is an output, or else of the first.
     """
     anchor = roots[0].producer()
     if anchor is None or anchor.graph is None or not isinstance(anchor.graph, ir.Graph):
         raise ValueError(f"rule {rule}: the root {roots[0].name} is no output of a node in a graph")
     graph = anchor.graph
     edit = Edit(rule, origin, graph)
-    final = [_carrier(old, new, builder) for old, new in zip(roots, values, strict=True)]
+    owners: dict[ir.Value, ir.Value] = {}  # the root whose name a value takes
+    final = []
+    for old, new in zip(roots, values, strict=True):
+        carrier = _carrier(old, new, builder)
+        if old.is_graph_output() and owners.setdefault(carrier, old) is not old:
+            carrier = builder.op("Identity", new)
+            owners[carrier] = old
+        final.append(carrier)
     for value in builder.initializers:
         graph.register_initializer(value)
         edit.initializers.append(value)
@@ -79,7 +87,8 @@ def commit(
     edit.added = list(builder.nodes)
     fresh = {id(o) for n in builder.nodes for o in n.outputs}
     for old, new in zip(roots, final, strict=True):
-        edit.replacements.append(_replace(old, new, id(new) in fresh, unique))
+        owned = owners.setdefault(new, old) is old
+        edit.replacements.append(_replace(old, new, owned and id(new) in fresh, unique))
     edit.removals = _remove_dead([p for r in roots if (p := r.producer()) is not None])
     return edit
 

@@ -32,7 +32,7 @@ CONSTANTS = {
     "wq": floats(C, C), "wk": floats(C, C), "wv": floats(C, C), "wo": floats(C, C), "b": floats(C),
     "gain": floats(C), "wide": floats(1, 1, C), "w1": floats(C, 2 * C), "w2": floats(2 * C, C),
     "heads": np.array([0, 0, H, C // H]), "merged": np.array([0, 0, C]), "axes": np.array([1, 2]),
-    "last": np.array([2]),
+    "last": np.array([2]), "sides": np.array([1, 3]),
     "zero": np.array(0.0, np.float32), "lowest": np.array(-1e30, np.float32), "first": np.array(0),
     "one": np.array([1]), "zeros": np.array([0]),
 }  # fmt: skip
@@ -157,6 +157,40 @@ def test_a_reader_that_sees_pads_keeps_everything_as_it_is(end: str, shape: str,
     remarks = apply(model, PackTokens())
     assert ops(model) == before
     assert any("rows of pads" in reason for reason in missed(remarks))
+
+
+def test_a_head_of_all_tokens_is_not_the_first_token() -> None:
+    """With as many heads as tokens [B, S, H, D] has the shape of [B, H, S, D]."""
+    few = {"inputs": f"float[{B},{H},{C}] x, int64[{B},{H}] mask", "outputs": f"float[{B},{H},{C // H}] y"}
+    model = block("zr = Reshape(z, heads) y = Gather <axis = 2> (zr, first)", **few)
+    assert any("rows of pads" in reason for reason in missed(apply(model, PackTokens())))
+    few["outputs"] = f"float[{B},{H},{C // H}] y"
+    model = block(
+        "zr = Reshape(z, heads) zh = Transpose <perm = [0, 2, 1, 3]> (zr) y = Gather <axis = 2> (zh, first)", **few
+    )
+    assert missed(apply(model, PackTokens())) == []
+
+
+OWN = "own = Unsqueeze(valid, sides) both = And(keys, own) bias = Where(both, zero, lowest)"
+
+
+@pytest.mark.parametrize(
+    ("change", "outputs", "who"),
+    [
+        (("a = Attention(qh, kh, vh, bias)", "a, pk, pv = Attention(qh, kh, vh, bias)"),
+         f"float[{B},{S},{C}] y, float[{B},{H},{S},{C // H}] pk", "Attention"),
+        # a mask by query and key: all keys of a pad query have one bias, so they have weights
+        (("bias = Where(keys, zero, lowest)", OWN),
+         f"float[{B},{S},{C}] y, float[{B},{H},{S},{C // H}] a", "Attention"),
+    ],
+)  # fmt: skip
+def test_an_attention_that_gives_more_than_valid_rows_stops_it(change: tuple[str, str], outputs: str, who: str) -> None:
+    body = BLOCK.replace(*change)
+    body = body.replace("qh = Transpose <perm = [0, 2, 1, 3]> (qr)", "qh = Identity(given)")
+    inputs = f"float[{B},{S},{C}] x, int64[{B},{S}] mask, float[{B},{H},{S},{C // H}] given"
+    model = block(inputs=inputs, body=body, outputs=outputs)
+    remarks = apply(model, PackTokens())
+    assert [reason.split()[0] for reason in missed(remarks)] == [who]
 
 
 NO_MASK = BLOCK.replace("a = Attention(qh, kh, vh, bias)", "a = Attention(qh, kh, vh)")

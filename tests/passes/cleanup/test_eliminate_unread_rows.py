@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from support import applied, apply, declared, floats, missed, ops, parse, rewritten
@@ -14,6 +15,7 @@ import xform
 from xform.graph.values import is_op, shape_of
 from xform.passes.cleanup import EliminateUnreadRows
 from xform.passes.cleanup.row_selection import Selection, through_view
+from xform.rewrite.passes import PassContext
 
 PASS = EliminateUnreadRows()
 W = {"w": floats(8, 12), "b": floats(12), "g": floats(12), "h": floats(12)}
@@ -54,25 +56,41 @@ def test_every_spelling_of_a_few_indices(spelling: str, result: str) -> None:
 @pytest.mark.parametrize(
     ("body", "axis", "result"),
     [
-        ("m = Transpose<perm=[1,0,2]>(x)", 0, "[2,8]"),
-        ("m = Reshape(x, flat)", 1, "[2,2,4]"),  # [2, 7, 2, 4]
-        ("m = Unsqueeze(x, two)", 1, "[2,1,8]"),
-        ("u = Unsqueeze(x, two) m = Squeeze(u, two)", 1, "[2,8]"),
-        ("m = Softmax<axis=-1>(x)", 1, "[2,8]"),
-        ("m = Softmax<axis=-1>(x)", 0, "[7,8]"),
-        ("m = Clip(x, low)", 1, "[2,8]"),
-        ("q = Sigmoid(x) c = Greater(row, x) m = Sum(q, x)", 1, "[2,8]"),
-        ("t = Transpose<perm=[0,2,1]>(x) m = MatMul(x, t)", 0, "[7,7]"),
+        ("m = Transpose<perm=[1,0,2]>(p)", 0, "[2,8]"),
+        ("m = Reshape(p, flat)", 1, "[2,2,4]"),  # [2, 7, 2, 4]
+        ("r = Reshape(p, rows) m = Reshape(r, back)", 1, "[2,8]"),  # [14, 8]: a stride of its rows
+        ("m = Unsqueeze(p, two)", 1, "[2,1,8]"),
+        ("u = Unsqueeze(p, two) m = Squeeze(u, two)", 1, "[2,8]"),
+        ("m = Softmax<axis=-1>(p)", 1, "[2,8]"),
+        ("m = Softmax<axis=-1>(p)", 0, "[7,8]"),
+        ("m = Clip(p, low)", 1, "[2,8]"),
+        ("q = Sigmoid(p) m = Sum(q, p)", 1, "[2,8]"),
+        ("q = Sigmoid(p) c = Greater(q, p) n = Neg(p) m = Where(c, n, one_row)", 1, "[2,8]"),
+        ("m = LayerNormalization<axis=-1>(p, each, one_row)", 1, "[2,8]"),  # a scale for each row
+        ("m = RMSNormalization<axis=-1>(p, each)", 1, "[2,8]"),
+        ("t = Transpose<perm=[0,2,1]>(x) m = MatMul(p, t)", 0, "[7,7]"),
     ],
 )
 def test_operators_that_keep_the_axis_apart(body: str, axis: int, result: str) -> None:
-    text = f"g (float[2,7,8] x) => (float{result} z) {{ {body} z = Gather<axis={axis}>(m, first) }}"
-    constants = {"flat": np.array([0, 7, 2, -1]), "two": np.array([2]), "low": np.float32(0.1), "row": floats(1, 1, 8)}
-    constants = {name: value for name, value in constants.items() if name in body} | {"first": np.array(0)}
+    text = f"g (float[2,7,8] x) => (float{result} z) {{ p = MatMul(x, w) {body} z = Gather<axis={axis}>(m, first) }}"
+    known = {
+        "flat": np.array([0, 7, 2, -1]), "rows": np.array([-1, 8]), "back": np.array([2, 7, 8]), "two": np.array([2]),
+        "low": np.float32(0.1), "one_row": floats(1, 1, 8), "each": floats(7, 8),
+    }  # fmt: skip
+    constants = {name: value for name, value in known.items() if name in body}
+    constants |= {"first": np.array(3 if axis else 0), "w": floats(8, 8)}
     model, log = rewritten(declared(text, constants), constants, {"x": TOKENS["x"]}, PASS)
-    assert applied(log, "select_first") >= 1
-    gather = next(node for node in model.graph if is_op(node, "Gather"))
-    assert gather.inputs[0] in model.graph.inputs
+    assert applied(log, "select_first") >= 2
+    selections = [node for node in model.graph if is_op(node, "Gather", "Slice")]
+    assert selections and all(node.inputs[0] in model.graph.inputs for node in selections)
+
+
+def test_elementwise_operators_alone_stay_with_what_is_in_front_of_them() -> None:
+    text = """g (float[1,2,7,8] x) => (float[1,2,1,8] z) {
+        c = Conv(x, w) r = Relu(c) s = Reshape(r, shape) z = Gather<axis=2>(s, first) }"""
+    constants = {"w": floats(2, 2, 1, 1), "shape": np.array([1, 2, 7, 8]), "first": np.array([0])}
+    model = parse(declared(text, constants), constants)
+    assert len(apply(model, PASS)) == 0
 
 
 @pytest.mark.parametrize(
@@ -83,7 +101,7 @@ def test_operators_that_keep_the_axis_apart(body: str, axis: int, result: str) -
         ("m = Reshape(x, merged)", 0),  # [14, 8]
         ("m = MatMul(x, square)", 2),
         ("m = CumSum(x, one)", 1),
-        ("m = Transpose<perm=[1,0,2]>(x) other = Relu(m)", 0),  # somebody reads the other rows
+        ("p = MatMul(x, square) m = Transpose<perm=[1,0,2]>(p) other = Relu(m)", 0),  # somebody reads the other rows
     ],
 )
 def test_what_needs_the_whole_axis_stops_it(body: str, axis: int) -> None:
@@ -99,20 +117,48 @@ def test_what_needs_the_whole_axis_stops_it(body: str, axis: int) -> None:
 
 def test_readers_of_other_rows_and_outputs_stop_it() -> None:
     text = """g (float[2,7,8] x) => (float[2,8] y, float[2,8] z) {
-        m = Relu(x) y = Gather<axis=1>(m, i) z = Gather<axis=1>(m, j) }"""
+        m = MatMul(x, w) y = Gather<axis=1>(m, i) z = Gather<axis=1>(m, j) }"""
     for i, j, fires in ((0, 1, False), (3, 3, True), (-1, 6, True)):
-        constants = {"i": np.array(i), "j": np.array(j)}
+        constants = {"w": floats(8, 8), "i": np.array(i), "j": np.array(j)}
         model, log = rewritten(declared(text, constants), constants, {"x": TOKENS["x"]}, PASS)
         assert applied(log, "select_first") == fires and ops(model).count("Gather") == (1 if fires else 2)
-    text = "g (float[2,7,8] x) => (float[2,7,8] m, float[2,8] z) { m = Relu(x) z = Gather<axis=1>(m, i) }"
-    model = parse(declared(text, {"i": np.array(0)}), {"i": np.array(0)})
+    constants = {"w": floats(8, 8), "i": np.array(0)}
+    text = "g (float[2,7,8] x) => (float[2,7,8] m, float[2,8] z) { m = MatMul(x, w) z = Gather<axis=1>(m, i) }"
+    model = parse(declared(text, constants), constants)
     assert len(apply(model, PASS)) == 0
 
 
+@pytest.mark.parametrize("tail", ["z = Gather<axis=1>(m, j)", "t = Gather<axis=1>(m, j) z = Neg(t)"])
+def test_readers_that_come_to_be_one_value_keep_the_names_of_outputs(tail: str) -> None:
+    text = f"""g (float[2,7,8] x) => (float[2,1,8] y, float[2,1,8] z) {{
+        m = MatMul(x, w) y = Gather<axis=1>(m, i) {tail} }}"""
+    constants = {"w": floats(8, 8), "i": np.array([-1]), "j": np.array([6])}
+    model, log = rewritten(declared(text, constants), constants, {"x": TOKENS["x"]}, PASS)
+    assert applied(log, "select_first") == 1 and [v.name for v in model.graph.outputs] == ["y", "z"]
+
+
+def test_a_slice_of_one_row_and_a_gather_of_it_are_one_selection() -> None:
+    text = """g (float[2,7,8] x) => (float[2,1,8] z) { p = MatMul(x, w) r = Reshape(p, rows) h = MatMul(r, w)
+        b = Reshape(h, back) s = Add(p, b) z = Slice(s, zero, one, one) }"""
+    constants = {"w": floats(8, 8), "rows": np.array([-1, 8]), "back": np.array([2, 7, 8])}
+    constants |= {"zero": np.array([0]), "one": np.array([1])}
+    model, log = rewritten(declared(text, constants), constants, {"x": TOKENS["x"]}, PASS)
+    assert applied(log, "select_first") == 5 and ops(model)[0] == "Gather" and ops(model).count("Gather") == 1
+
+
+def test_indices_that_the_caller_can_give_are_no_constants() -> None:
+    text = "g (float[2,7,8] x, int64 i, float[8,8] w) => (float[2,8] z) { m = MatMul(x, w) z = Gather<axis=1>(m, i) }"
+    model = parse(text, {"w": floats(8, 8)})
+    index = next(value for value in model.graph.inputs if value.name == "i")
+    index.const_value = ir.tensor(np.array(0), name="i")
+    model.graph.register_initializer(index)
+    assert not PASS.run(model, PassContext())
+
+
 def test_most_rows_are_not_moved_for() -> None:
-    text = "g (float[2,7,8] x) => (float[2,{n},8] z) {{ m = Relu(x) z = Slice(m, start, far, one) }}"
+    text = "g (float[2,7,8] x) => (float[2,{n},8] z) {{ m = MatMul(x, w) z = Slice(m, start, far, one) }}"
     for start, fires in ((3, False), (4, True)):
-        constants = {"start": np.array([start]), "far": np.array([2**31 - 1]), "one": np.array([1])}
+        constants = {"start": np.array([start]), "far": np.array([2**31 - 1]), "one": np.array([1]), "w": floats(8, 8)}
         model = parse(declared(text.format(n=7 - start), constants), constants)
         assert applied(apply(model, PASS), "select_first") == fires
 

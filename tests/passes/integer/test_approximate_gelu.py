@@ -38,12 +38,12 @@ def test_the_polynomial_is_as_near_and_ends_where_gelu_does() -> None:
     assert log.count("applied", "gelu") == 1 and not any(node.op_type == "Gelu" for node in model.graph)
     assert 4.7e-4 < np.abs(found - exact).max() < 4.76e-4
     beyond = np.abs(x) > 6
-    assert (np.abs(found - exact)[beyond] <= 6e-8 * np.abs(x[beyond])).all()
+    assert (np.abs(found - exact)[beyond] <= 3e-7 * np.abs(x[beyond])).all()
     large = np.array([-3e4, -100.0, 0.0, 100.0, 3e4, np.inf], np.float32)
     model = parse("g (float[6] x) => (float[6] y) { y = Gelu(x) }")
     apply(model, ApproximateGelu("polynomial"))
     (found,) = run(model, {"x": large})
-    np.testing.assert_allclose(found, np.maximum(large, 0), rtol=6e-8, atol=2e-3)
+    np.testing.assert_allclose(found, np.maximum(large, 0), rtol=3e-7, atol=1e-2)
 
 
 def test_a_form_that_does_not_exist_is_refused() -> None:

@@ -137,7 +137,7 @@ def test_what_has_few_multiply_adds_or_no_instructions_stays_in_float_and_is_tol
     numbers = [multiply_adds(node) for node in model.graph]
     assert numbers == [64, 2 * 64 * 64]
     ranges = activation_ranges(model, [{k: v.astype(np.float32) for k, v in feeds.items()}])
-    remarks = apply(model, QuantizeStatic(ranges, products=False))
+    remarks = apply(model, QuantizeStatic(ranges, products=False, few_rows=0))
     assert set(ops(model)) == {"Conv", "MatMul"}
     told = " ".join(missed(remarks))
     assert "64 multiply-adds are too few" in told and "no dot-product instructions" in told
