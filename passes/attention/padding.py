@@ -100,7 +100,7 @@ def is_token_wise(node: ir.Node, padding: Padding) -> bool:
         weight = constant_tensor(node.inputs[1])
         return holds_tokens(node.inputs[0], padding) and weight is not None and len(weight.shape) == 2
     if is_op(node, "LayerNormalization", "RMSNormalization"):
-        constants = all(v is None or is_constant(v) for v in node.inputs[1:])
+        constants = all(v is None or is_per_channel(v) for v in node.inputs[1:])
         return constants and holds_tokens(node.inputs[0], padding) and attribute(node, "axis", -1) in (-1, 2)
     if is_op(node, *UNARY, "Clip"):
         return holds_tokens(node.inputs[0], padding) and all(v is None or is_constant(v) for v in node.inputs[1:])

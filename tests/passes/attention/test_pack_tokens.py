@@ -32,7 +32,7 @@ CONSTANTS = {
     "wq": floats(C, C), "wk": floats(C, C), "wv": floats(C, C), "wo": floats(C, C), "b": floats(C),
     "gain": floats(C), "wide": floats(1, 1, C), "w1": floats(C, 2 * C), "w2": floats(2 * C, C),
     "heads": np.array([0, 0, H, C // H]), "merged": np.array([0, 0, C]), "axes": np.array([1, 2]),
-    "last": np.array([2]), "sides": np.array([1, 3]),
+    "rows": floats(S, C), "last": np.array([2]), "sides": np.array([1, 3]),
     "zero": np.array(0.0, np.float32), "lowest": np.array(-1e30, np.float32), "first": np.array(0),
     "one": np.array([1]), "zeros": np.array([0]),
 }  # fmt: skip
@@ -157,6 +157,15 @@ def test_a_reader_that_sees_pads_keeps_everything_as_it_is(end: str, shape: str,
     remarks = apply(model, PackTokens())
     assert ops(model) == before
     assert any("rows of pads" in reason for reason in missed(remarks))
+
+
+def test_a_norm_with_a_scale_per_position_is_not_packed() -> None:
+    model = block(body=BLOCK.replace("LayerNormalization(r, gain, b)", "LayerNormalization(r, rows, b)"))
+    given = feeds()
+    expected = run(model, given)[0]
+    remarks = apply(model, PackTokens())
+    assert any("LayerNormalization reads rows of pads" in reason for reason in missed(remarks))
+    np.testing.assert_array_equal(run(model, given)[0], expected)
 
 
 def test_a_head_of_all_tokens_is_not_the_first_token() -> None:
