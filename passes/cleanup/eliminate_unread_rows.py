@@ -46,7 +46,7 @@ from xform.rewrite.passes import PassContext, RewritePass
 from xform.rewrite.pattern import Key
 from xform.rewrite.rule import QUIET, Failure, Rule
 
-_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor")
+_PREDICATES = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor")
 _ALONG_OTHER_AXES = ("LayerNormalization", "RMSNormalization", "Softmax", "LogSoftmax")
 _WORK = ("MatMul", "Attention", "Transpose", *_ALONG_OTHER_AXES)
 _QUERIES = 2  # axis of Attention's queries, [B, H, S, D]
@@ -170,7 +170,7 @@ def _moved(node: ir.Node, selection: Selection) -> _Moved | Failure | None:
     axis = selection.axis
     if is_op(node, *UNARY, "Clip"):
         return _Moved({0: axis}) if all(v is None or rank_of(v) == 0 for v in node.inputs[1:]) else None
-    if is_op(node, *BINARY, *_COMPARISONS, "Sum", "Where"):
+    if is_op(node, *BINARY, *_PREDICATES, "Sum", "Where"):
         return _broadcast(node, range(len(node.inputs)), shape, axis)
     if is_op(node, *_ALONG_OTHER_AXES):
         over = attribute(node, "axis", -1) % len(shape)
