@@ -24,7 +24,13 @@ from xform.passes.cleanup import (
     RemoveDeadCode,
     SimplifyLayout,
 )
-from xform.passes.fuse import AbsorbChannelShuffle, AbsorbTransposes, PackProducts, SplitChannelMultiplier
+from xform.passes.fuse import (
+    AbsorbChannelShuffle,
+    AbsorbTransposes,
+    PackProducts,
+    PatchesToProducts,
+    SplitChannelMultiplier,
+)
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import (
     AbsorbNormAffine,
@@ -67,6 +73,7 @@ PASSES: dict[str, type[Pass]] = {
         AbsorbChannelShuffle,
         AbsorbTransposes,
         PackProducts,
+        PatchesToProducts,
         # integer
         ApproximateGelu,
         QuantizeProducts,

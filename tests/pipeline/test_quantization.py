@@ -70,6 +70,26 @@ def test_a_static_pass_that_is_asked_for_by_name_is_calibrated_for_any_backend()
     assert 0 < relative(result(x)["y"], xform.optimize(net())(x)["y"]) < 0.05
 
 
+def test_patch_embeddings_are_products_in_the_dynamic_form_alone() -> None:
+    pytest.importorskip("openvino")
+    used = {
+        "w": (RNG.standard_normal((64, 3, 16, 16)) / 16).astype(np.float32),
+        "b": RNG.standard_normal(64).astype(np.float32),
+        "s": np.array([0, 64, -1]),
+    }
+    text = """g (float[1,3,32,32] x) => (float[1,4,64] t) {
+        c = Conv<strides=[16,16]>(x, w, b) y = Reshape(c, s) t = Transpose<perm=[0,2,1]>(y) }"""
+    x = images(9)[8]
+    exact = xform.optimize(parse(declared(text, used), used))(x)["t"]
+    for backend, integer in (("onnxruntime", "MatMulInteger"), ("openvino", "Conv")):
+        model = parse(declared(text, used), used)
+        result = xform.optimize(model, preset="int8", calibration=images(), backend=backend)
+        operators = result.artifact.metadata["operators"]
+        assert operators[integer] == operators["Transpose"] == 1, operators
+        assert ("Conv" in operators) == (backend == "openvino")
+        assert 0 < relative(result(x)["t"], exact) < 0.025
+
+
 def test_openvino_runs_the_static_form_within_the_bound() -> None:
     pytest.importorskip("openvino")
     result = xform.optimize(net(), preset="int8", calibration=images(), backend="openvino")

@@ -4,7 +4,8 @@ Runtimes differ in what they run fast. ONNX Runtime has products that find the r
 (`quantize_products`, "dynamic") and no fast convolution of the kind; OpenVINO runs convolutions and, with dot-product
 instructions, products with calibrated ranges (`quantize_static`, "static"). So each backend gets the form that suits
 it, from the same calibration batches and under the same bound, and where several compete, the clock decides. The
-dynamic form has GELU by tanh and the static one by a polynomial (`approximate_gelu`), as that is what either runs fast.
+dynamic form has GELU by tanh and the static one by a polynomial (`approximate_gelu`), as that is what either runs fast,
+and patch embeddings are products in the dynamic form, which has no convolutions (`patches_to_products`).
 
 Where the bound does not hold with everything in int8, outliers of activations are moved into the weights that read
 them: by the norm in front, which is free (SmoothQuant with either of two strengths, or RepQuant's layer-wise scales),
@@ -26,6 +27,8 @@ import onnx_ir as ir
 
 from xform.graph.clone import clone
 from xform.graph.count import bindings_of, count
+from xform.passes.cleanup import SimplifyLayout
+from xform.passes.fuse import PatchesToProducts
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.integer.quantize_products import outliers
 from xform.passes.integer.scale_channels import Factors
@@ -41,7 +44,10 @@ from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import Remark
 
 _STATIC = frozenset({"openvino"})  # backends that run the static form fast
-_GELU = {"dynamic": ApproximateGelu("tanh"), "static": ApproximateGelu("polynomial")}
+_BEFORE: dict[str, tuple[Pass, ...]] = {  # what either form runs fast
+    "dynamic": (ApproximateGelu("tanh"), PatchesToProducts(), SimplifyLayout()),
+    "static": (ApproximateGelu("polynomial"),),
+}
 _OPERATIONS = 2e11  # of one measurement of the error, a few seconds: a search needs a hundred
 _FEWEST = 2  # batches, however large
 _WORTH = 0.95  # of the error before: what a migration must reach, as it makes the graph no simpler
@@ -105,7 +111,8 @@ class Quantization:
         candidate = self._candidate(name, self._plain.model)
         tried = _Tried((), self._plain, candidate)
         if not isinstance(self._passes[self._place], QuantizeStatic):  # which can be meant for any backend
-            tried = self._after(name, tried, _GELU[name]) or tried
+            for one in _BEFORE[name]:
+                tried = self._after(name, tried, one) or tried
         remarks: list[Remark] = []
         if tried.error > candidate.max_error and not self._ranges_given:
             tried = self._migrated(name, tried, remarks)
