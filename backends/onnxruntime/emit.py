@@ -158,11 +158,12 @@ class Site:
         The replacements keep the old names, types and shapes, so graph outputs stay what they were.
         """
         for old, new in replacements:
-            self._take_over(old, new)
+            self.take_over(old, new)
         self.graph.remove(self.node, safe=True)
         self.emitter.count(form)
 
-    def _take_over(self, old: ir.Value, new: ir.Value) -> None:
+    def take_over(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every reader of `old` read `new`, which gets its name where nothing else has it, its type and shape."""
         if old.is_graph_output() and (new.producer() is None or new.is_graph_output()):
             new = self.op("Identity", new)
         if new.producer() is not None and not new.is_graph_output() and (old.is_graph_output() or not new.uses()):

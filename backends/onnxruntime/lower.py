@@ -17,6 +17,7 @@ from xform.backends.onnxruntime import activations
 from xform.backends.onnxruntime.attention import FORMS, lower_attention
 from xform.backends.onnxruntime.channel_gate import RESIZE_SINCE, lower_channel_gate, lower_spatial_mean
 from xform.backends.onnxruntime.emit import Emitter
+from xform.backends.onnxruntime.gather_moves import gather_moves
 from xform.backends.onnxruntime.linear import lower_linear
 from xform.backends.onnxruntime.residual import lower_residual
 from xform.errors import TargetError, UsageError
@@ -53,6 +54,9 @@ def lower(graph: ir.Model, options: LowerOptions) -> tuple[ir.Model, dict[str, i
     nodes = list(model.graph.all_nodes())
     _lower_all(emitter, nodes, options, _planned_opset(nodes, model, options))
     common_passes.RemoveUnusedNodesPass()(model)
+    if not options.portable:
+        gather_moves(emitter)
+        common_passes.RemoveUnusedNodesPass()(model)  # constants of moves that are no more
     _write_at_opset(model, options)
     model.ir_version = min(model.ir_version, _IR_VERSION)
     model.producer_name = "xform"
