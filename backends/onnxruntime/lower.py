@@ -1,8 +1,9 @@
 """Lowering a canonical graph to what ONNX Runtime runs fastest on the CPU, at the opset that was asked for.
 
-Two steps. First, semantic operators that have no fast kernel, or none at the opset, are written out in spellings that
-ONNX Runtime fuses at load. Then the whole graph is written at the opset: the source's own, unless a kernel that
-pays needs a newer one (LayerNormalization 17, RotaryEmbedding 23).
+Three steps. First, semantic operators that have no fast kernel, or none at the opset, are written out in spellings that
+ONNX Runtime fuses at load. Then what only moves data becomes as few copies as possible. Then the whole graph is
+written at the opset: the source's own, unless a kernel that pays needs a newer one (LayerNormalization 17,
+RotaryEmbedding 23).
 """
 
 from __future__ import annotations
