@@ -43,6 +43,11 @@ from xform.backends.onnxruntime.row_region import Region, region_from
 from xform.graph.values import Array
 
 _ROW = 128  # bytes
+_MOST = 1 << 20  # indices, 8 MB of them
+_BYTES = {
+    ir.DataType.FLOAT: 4, ir.DataType.FLOAT16: 2, ir.DataType.BFLOAT16: 2, ir.DataType.DOUBLE: 8, ir.DataType.BOOL: 1,
+    ir.DataType.INT8: 1, ir.DataType.UINT8: 1, ir.DataType.INT32: 4, ir.DataType.INT64: 8,
+}  # fmt: skip
 
 
 def gather_moves(emitter: Emitter) -> None:
@@ -84,8 +89,9 @@ class _Moved:
 
     @property
     def is_wide(self) -> bool:
-        size = self.value.dtype.itemsize if self.value.dtype is not None else 0
-        return self.rows.identity or self.rows.width * size >= _ROW
+        """Whether a Gather does it well, or nothing moves."""
+        size = _BYTES.get(self.value.dtype, 0) if self.value.dtype is not None else 0
+        return self.rows.identity or (self.rows.width * size >= _ROW and len(self.rows.indices) <= _MOST)
 
     def order(self) -> Array | None:
         """Which row of the source each row of the value is, where the rows are the same in another order."""

@@ -42,18 +42,17 @@ class Region:
 def region_from(entry: ir.Value) -> Region | None:
     """The region that reads `entry`; None where anything else does too, or reads a number that stands for all rows."""
     kinds: dict[ir.Value, _Kind] = {entry: "rows"}
-    nodes: list[ir.Node] = []
+    nodes: dict[ir.Node, None] = {}
     queue = [entry]
     while queue:
-        for node, _ in queue.pop(0).uses():
+        for node, _ in queue.pop().uses():  # one with several operands is taken when the last of them is known
             kind = None if node in nodes or node.graph is not entry.graph else _kind(node, kinds)
             if kind is not None:
-                nodes.append(node)
+                nodes[node] = None
                 kinds.update(dict.fromkeys(node.outputs, kind))
                 if is_op(node, "DynamicQuantizeLinear"):  # scale and zero point
                     kinds.update(dict.fromkeys(node.outputs[1:], "uniform"))
                 queue.extend(node.outputs)
-                queue.extend(value for value in kinds if value not in queue)  # what waited for this operand
     left = [v for v in kinds if v.is_graph_output() or any(user not in nodes for user, _ in v.uses())]
     rows = tuple(v for v, kind in kinds.items() if kind == "rows" and v is not entry)
     if not left or entry in left or any(kinds[v] == "uniform" for v in left) or any(sizes(v) is None for v in rows):
