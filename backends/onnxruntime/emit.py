@@ -41,7 +41,8 @@ class Emitter:
         """An initializer of the main graph, shared when the same data was asked for before."""
         array: Array = np.asarray(data).astype(dtype.numpy())
         key = (dtype.name, array.shape, array.tobytes())
-        if key not in self._constants:
+        found = self._constants.get(key)
+        if found is None or self.model.graph.initializers.get(found.name or "") is not found:  # cleaned up meanwhile
             name = self.unique(f"xform_{hint}")
             tensor = ir.Tensor(array, dtype=dtype, name=name)
             value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
@@ -167,7 +168,7 @@ class Site:
         if old.is_graph_output() and (new.producer() is None or new.is_graph_output()):
             new = self.op("Identity", new)
         if new.producer() is not None and not new.is_graph_output() and (old.is_graph_output() or not new.uses()):
-            name, old.name = old.name, None
+            name, old.name = old.name, self.emitter.unique(f"{old.name}_before")  # its node may stay for others
             new.name = name
             new.type = old.type if old.type is not None else new.type
             new.shape = old.shape if old.shape is not None else new.shape

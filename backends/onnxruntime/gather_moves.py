@@ -1,15 +1,15 @@
 """Chains of moves as one Gather each, and moves of rows past what works row by row.
 
 Attention in windows (Swin) rolls an image, cuts it into windows, projects it, splits heads, and takes all that back: a
-dozen copies around two products. ONNX Runtime runs each of them by itself, most on one thread. Yet all moves between
-two computations are one choice of rows (`index_map`), which a single Gather makes, on all threads.
+dozen copies around two products, and ONNX Runtime makes each of them. Yet all moves between two computations are one
+choice of rows (`index_map`), which a single Gather makes.
 
     Gather(x viewed as [parts, rows, elements], indices, axis=1)        indices over the rows of a part
 
 Two steps
 1. A move of rows [.., C] before or after operators that treat every row alike (`row_region`) is done on their other
    side, where it joins the moves there: cutting windows joins splitting heads. Dynamic quantization sees the same
-   numbers in another order, so its scale and all results are the same to the bit.
+   numbers in another order, so its scale is the same.
 2. The moves of one source become one Gather for each result that something computes with, or a Reshape where the order
    stays.
 
@@ -69,14 +69,14 @@ class _Moved:
         source: Where its elements come from.
         index: By units, see `index_map`.
         unit: Elements of one.
-        behind: The moves in between.
+        before: The moves in between.
     """
 
     value: ir.Value
     source: ir.Value
     index: Array
     unit: int
-    behind: tuple[ir.Node, ...]
+    before: tuple[ir.Node, ...]
 
     @cached_property
     def rows(self) -> Rows:
@@ -88,8 +88,8 @@ class _Moved:
         return 0 if self.rows.identity else self.index.size * self.unit
 
     @property
-    def is_wide(self) -> bool:
-        """Whether a Gather does it well, or nothing moves."""
+    def pays(self) -> bool:
+        """Whether nothing moves, or a Gather does it well: a type that it knows, rows wide enough and not too many."""
         size = _BYTES.get(self.value.dtype, 0) if self.value.dtype is not None else 0
         return self.rows.identity or (self.rows.width * size >= _ROW and len(self.rows.indices) <= _MOST)
 
@@ -106,7 +106,7 @@ class _Moved:
 
 
 def _moved(value: ir.Value) -> _Moved | None:
-    """`value` with the moves behind it; None where there are none, or several sources."""
+    """`value` with the moves that make it; None where there are none."""
     found = chain(value)
     index = index_map(value, found) if found is not None else None
     return None if found is None or index is None else _Moved(value, found.source, index, found.unit, found.nodes)
@@ -152,12 +152,14 @@ def _gather(emitter: Emitter, source: ir.Value) -> None:
     """Step 2 for the moves of one source."""
     after = _after(source)
     before = sum(map(copied, after.nodes))
-    if not before or is_move(source.producer()):  # then they are moves of what is behind it
+    if not before or chain(source) is not None:  # then they are moves of what `source` is made from
         return
     found = [moved for result in after.results if (moved := _moved(result)) is not None]
-    wide = [moved for moved in found if moved.is_wide]
+    if len(found) < len(after.results):
+        return
+    wide = [moved for moved in found if moved.pays]
     converted = {moved.value for moved in wide}
-    left = {node for result in after.results if result not in converted for node in _behind(result)}
+    left = {node for moved in found if moved.value not in converted for node in moved.before}
     if sum(moved.cost for moved in wide) + sum(map(copied, left)) >= before:
         return
     for moved in wide:
@@ -165,23 +167,18 @@ def _gather(emitter: Emitter, source: ir.Value) -> None:
     _sweep(after.nodes)
 
 
-def _behind(value: ir.Value) -> tuple[ir.Node, ...]:
-    found = chain(value)
-    return found.nodes if found is not None else ()
-
-
 def _pass_region(emitter: Emitter, entry: ir.Value) -> None:
     """Step 1 for what reads `entry`, the result of moves."""
     producer = entry.producer()
-    moved = _moved(entry) if producer is not None and is_move(producer) else None
-    region = region_from(entry) if moved is not None else None
+    region = region_from(entry) if producer is not None and is_move(producer) else None
+    moved = _moved(entry) if region is not None else None
     if producer is None or moved is None or region is None or not _vanishes(moved, region):
         return
     after = [_after(value) for value in region.exits]
     ends = [end for one in after for result in one.results if (end := _moved(result)) is not None]
     if not all(one.is_all for one in after) or len(ends) < sum(len(one.results) for one in after):
         return
-    before = _least(moved.behind, [moved])
+    before = _least(moved.before, [moved])
     for value, one in zip(region.exits, after, strict=True):
         before += _least(one.nodes, [end for end in ends if end.source is value])
     down, up = _down(moved, ends), _up(moved, ends)
@@ -196,18 +193,18 @@ def _pass_region(emitter: Emitter, entry: ir.Value) -> None:
         site = emitter.at(producer)
         _enter(region, entry, _emit(site, up[0]))
         site.take_over(ends[0].value, region.exits[0])
-    _sweep((*moved.behind, *(node for one in after for node in one.nodes)))
+    _sweep((*moved.before, *(node for one in after for node in one.nodes)))
 
 
 def _vanishes(moved: _Moved, region: Region) -> bool:
     """Whether the region alone reads what the moves in front of it make."""
-    inside = {*moved.behind, *region.nodes}
-    made = [output for node in moved.behind for output in node.outputs]
+    inside = {*moved.before, *region.nodes}
+    made = [output for node in moved.before for output in node.outputs]
     return not any(v.is_graph_output() or any(user not in inside for user, _ in v.uses()) for v in made)
 
 
 def _down(moved: _Moved, ends: Sequence[_Moved]) -> list[_Moved]:
-    """The moves behind a region if it reads the source of those in front of it; empty where that cannot be."""
+    """The moves after a region that reads the source of those in front of it; empty where that cannot be."""
     order = moved.order()
     if order is None:
         return []
@@ -215,11 +212,11 @@ def _down(moved: _Moved, ends: Sequence[_Moved]) -> list[_Moved]:
     for end in ends:
         per_row = (sizes(end.source) or ())[-1] // end.unit
         moves.append(replace(end, index=order[end.index // per_row] * per_row + end.index % per_row))
-    return moves if all(one.is_wide for one in moves) else []
+    return moves if all(one.pays for one in moves) else []
 
 
 def _up(moved: _Moved, ends: Sequence[_Moved]) -> list[_Moved]:
-    """The moves in front of a region if those behind it are done there; empty where that cannot be."""
+    """The moves in front of a region if those after it are done there; empty where that cannot be."""
     order = ends[0].order() if len(ends) == 1 else None
     if order is None:
         return []
@@ -227,7 +224,7 @@ def _up(moved: _Moved, ends: Sequence[_Moved]) -> list[_Moved]:
     value = ir.Value(name=moved.value.name, type=moved.value.type, shape=ir.Shape(shape))
     index = moved.index.reshape(len(order), -1)[order]
     found = replace(moved, value=value, index=index)
-    return [found] if found.is_wide else []
+    return [found] if found.pays else []
 
 
 def _cost(moves: Iterable[_Moved]) -> int:
@@ -237,7 +234,7 @@ def _cost(moves: Iterable[_Moved]) -> int:
 def _least(nodes: Iterable[ir.Node], results: Sequence[_Moved]) -> int:
     """Elements copied by the moves as they are, or as Gathers where that is less."""
     found = sum(map(copied, nodes))
-    return min(found, _cost(results)) if all(one.is_wide for one in results) else found
+    return min(found, _cost(results)) if all(one.pays for one in results) else found
 
 
 def _enter(region: Region, entry: ir.Value, new: ir.Value) -> None:

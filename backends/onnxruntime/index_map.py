@@ -17,8 +17,8 @@ import onnx_ir as ir
 from xform.graph.values import Array, attribute, constant, is_op, shape_of
 
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-_LARGEST = 1 << 24  # units of a value that is followed
-_DEEPEST = 64  # operators of a chain
+_LARGEST = 1 << 21  # units of a value that is followed
+_MOST = 256  # moves that are looked at for one value
 
 
 @dataclass(frozen=True)
@@ -97,79 +97,104 @@ def copied(node: ir.Node) -> int:
 
 
 def chain(value: ir.Value) -> Chain | None:
-    """The moves behind `value`; None where there are none, or they start at several values."""
+    """The moves that make `value` from another one; None where there are none, or too many."""
+    order = _moves_before(value)
+    origins: dict[ir.Value, ir.Value] = {}
+    for node in order:
+        found = {origins.get(operand, operand) for operand in operands(node)}
+        for output in node.outputs:  # what joins several values is a source itself
+            origins[output] = next(iter(found)) if len(found) == 1 else output
+    source = origins.get(value, value)
+    needed = {value}
     nodes: list[ir.Node] = []
-    sources: list[ir.Value] = []
-
-    def visit(found: ir.Value) -> None:
-        node = found.producer()
-        if node is None or not is_move(node) or len(nodes) > _DEEPEST:
-            if all(found is not known for known in sources):
-                sources.append(found)
-        elif all(node is not known for known in nodes):
-            for operand in operands(node):
-                visit(operand)
-            nodes.append(node)
-
-    visit(value)
-    if not nodes or len(sources) != 1 or sizes(sources[0]) is None:
+    for node in reversed(order):
+        if source not in (value, *node.outputs) and not needed.isdisjoint(node.outputs):
+            nodes.insert(0, node)
+            needed.update(operands(node))
+    if not nodes or sizes(source) is None:
         return None
-    unit = 0
-    for one in (sources[0], *(output for node in nodes for output in node.outputs)):
-        unit = gcd(unit, (sizes(one) or (1,))[-1])
+    unit = gcd(*((sizes(one) or (1,))[-1] for one in (source, *(output for node in nodes for output in node.outputs))))
     for node in nodes:
-        if is_op(node, "Slice"):
-            shape = sizes(node.inputs[0]) or ()
-            taken = (_slices(node) or {}).get(len(shape) - 1)
-            unit = unit if taken is None else gcd(unit, int(taken[0]))
-    return Chain(sources[0], tuple(nodes), unit)
+        taken = _slices(node) if is_op(node, "Slice") else None
+        last = (taken or {}).get(len(sizes(node.inputs[0]) or ()) - 1)
+        unit = unit if last is None else gcd(unit, int(last[0]))
+    return Chain(source, tuple(nodes), unit)
+
+
+def _moves_before(value: ir.Value) -> list[ir.Node]:
+    """The moves that `value` depends on through moves alone, each after those that it reads; none if too many."""
+    order: dict[ir.Node, None] = {}
+    stack = [value]
+    while stack:
+        if len(order) + len(stack) > _MOST:
+            return []
+        node = stack[-1].producer()
+        if node is None or node in order or not is_move(node):
+            stack.pop()
+            continue
+        waiting = [
+            v for v in operands(node) if (made := v.producer()) is not None and made not in order and is_move(made)
+        ]
+        if not waiting:
+            order[node] = None
+        stack.extend(waiting)
+    return list(order)
 
 
 def index_map(value: ir.Value, found: Chain) -> Array | None:
-    """For every unit of `value`, which of the source it is: int64, the shape of `value` with the last axis in units."""
-    known: dict[ir.Value, Array] = {}
+    """For every unit of `value`, which of the source it is: int64, the shape of `value` with the last axis in units.
+
+    None where a value is too large, or an operator does not give the shape that is declared.
+    """
 
     def shape(of: ir.Value) -> tuple[int, ...]:
         whole = sizes(of) or ()
         return (*whole[:-1], whole[-1] // found.unit)
 
-    if max(prod(shape(v)) for v in (found.source, value)) > _LARGEST:
+    values = [found.source, *(output for node in found.nodes for output in node.outputs)]
+    if max(prod(shape(v)) for v in values) > _LARGEST:
         return None
-    known[found.source] = np.arange(prod(shape(found.source)), dtype=np.int64).reshape(shape(found.source))
+    known = {found.source: np.arange(prod(shape(found.source)), dtype=np.int64).reshape(shape(found.source))}
     for node in found.nodes:
-        given = [known[operand] for operand in operands(node)]
-        if is_op(node, *_VIEWS):
-            results = [given[0].reshape(shape(node.outputs[0]))]
-        elif is_op(node, "Transpose"):
-            results = [given[0].transpose(attribute(node, "perm")).reshape(shape(node.outputs[0]))]
-        elif is_op(node, "Concat"):
-            results = [np.concatenate(given, axis=attribute(node, "axis"))]
-        elif is_op(node, "Slice"):
-            results = [_sliced(node, given[0], found.unit)]
-        else:
-            results = _parts(node, given[0], [shape(output) for output in node.outputs])
+        shapes = [shape(output) for output in node.outputs]
+        results = _run(node, [known[operand] for operand in operands(node)], shapes, found.unit)
+        if [result.shape for result in results] != shapes:
+            return None
         known.update(zip(node.outputs, results, strict=True))
     return known[value]
 
 
-def _parts(node: ir.Node, operand: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
-    axis = attribute(node, "axis", 0) % operand.ndim
+def _run(node: ir.Node, given: list[Array], shapes: list[tuple[int, ...]], unit: int) -> list[Array]:
+    """A move on maps, whose last axis is in units."""
+    if is_op(node, *_VIEWS):
+        return [given[0].reshape(shapes[0])] if prod(shapes[0]) == given[0].size else []
+    if is_op(node, "Transpose"):
+        return [given[0].transpose(attribute(node, "perm"))]
+    if is_op(node, "Concat"):
+        return [np.concatenate(given, axis=attribute(node, "axis"))]
+    if is_op(node, "Slice"):
+        for axis, taken in (_slices(node) or {}).items():
+            given[0] = given[0].take(taken[::unit] // unit if axis == given[0].ndim - 1 else taken, axis)
+        return given
+    axis = attribute(node, "axis", 0) % given[0].ndim
     ends = np.cumsum([shape[axis] for shape in shapes])
-    return np.split(operand, ends[:-1], axis=axis)
+    return np.split(given[0], ends[:-1], axis=axis)
 
 
 def _slices(node: ir.Node) -> dict[int, Array] | None:
     """What a Slice with constant bounds takes, by axis; None where they are computed, or skip along the last axis."""
     shape = sizes(node.inputs[0])
-    starts, ends, axes, steps = ([*(_integers(v) for v in node.inputs[1:]), None, None])[:4]
-    if shape is None or starts is None or ends is None:
+    given = [*node.inputs[1:5], None, None, None, None][:4]
+    starts, ends, axes, steps = (_integers(value) for value in given)
+    computed = any(value is not None and found is None for value, found in zip(given[2:], (axes, steps), strict=True))
+    if shape is None or starts is None or ends is None or computed:
         return None
-    given = [value is not None for value in node.inputs[3:5]]
-    if (any(given[:1]) and axes is None) or (any(given[1:]) and steps is None):
+    axes = list(range(len(starts))) if axes is None else [axis % len(shape) for axis in axes]
+    steps = [1] * len(starts) if steps is None else steps
+    if not len(starts) == len(ends) == len(axes) == len(steps) or 0 in steps:
         return None
-    axes = [axis % len(shape) for axis in axes or range(len(starts))]
     taken = {}
-    for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(starts), strict=True):
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if axis == len(shape) - 1 and step != 1:
             return None
         taken[axis] = np.arange(*slice(start, end, step).indices(shape[axis]))
@@ -179,13 +204,6 @@ def _slices(node: ir.Node) -> dict[int, Array] | None:
 def _integers(value: ir.Value | None) -> list[int] | None:
     array = constant(value, max_elements=16)
     return None if array is None else [int(x) for x in array.reshape(-1)]
-
-
-def _sliced(node: ir.Node, operand: Array, unit: int) -> Array:
-    for axis, taken in (_slices(node) or {}).items():
-        last = axis == operand.ndim - 1
-        operand = operand.take(taken[::unit] // unit if last else taken, axis)
-    return operand
 
 
 def rows_of(found: Array, units: int, unit: int) -> Rows:
@@ -214,8 +232,9 @@ def _batch(chosen: Array, total: int) -> int:
     for parts in range(most, 1, -1):
         if most % parts:
             continue
-        split = chosen.reshape(parts, -1)
-        offsets = np.arange(parts, dtype=np.int64)[:, None] * (total // parts)
-        if split[0].max() < total // parts and np.array_equal(split, split[0] + offsets):
+        split, step = chosen.reshape(parts, -1), total // parts
+        starts = np.arange(parts, dtype=np.int64) * step
+        likely = split[0].max() < step and np.array_equal(split[:, 0], split[0, 0] + starts)  # which is cheap to see
+        if likely and np.array_equal(split, split[0] + starts[:, None]):
             return parts
     return 1

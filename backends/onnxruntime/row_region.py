@@ -21,7 +21,7 @@ _Kind = Literal["rows", "uniform"]
 
 @dataclass(frozen=True)
 class Region:
-    """All operators behind a value that treat its rows alike.
+    """The operators from a value on that treat its rows alike.
 
     Attributes:
         nodes: The operators.
@@ -73,9 +73,9 @@ def _kind(node: ir.Node, kinds: dict[ir.Value, _Kind]) -> _Kind | None:
     if is_op(node, *_BINARY):
         fits = all(row or rank_of(value) in (0, 1) for value, row in zip(given, of_rows, strict=True))
         return "rows" if fits else None
-    if is_op(node, "LayerNormalization"):
-        last = attribute(node, "axis", -1) in (-1, (rank_of(given[0]) or 0) - 1)
-        return "rows" if last and of_rows[0] and not any(of_rows[1:]) and len(node.outputs) == 1 else None
+    vectors = of_rows[0] and not any(of_rows[1:]) and all(rank_of(value) in (0, 1) for value in given[1:])
+    if is_op(node, "LayerNormalization"):  # an axis from the front would mean another one for rows of another rank
+        return "rows" if vectors and attribute(node, "axis", -1) == -1 and len(node.outputs) == 1 else None
     if is_op(node, "MatMul", "MatMulInteger"):
         weights = of_rows[0] and not any(of_rows[1:]) and rank_of(given[1]) == 2 and is_constant(given[1])
         return "rows" if weights and all(rank_of(value) in (0, 1) for value in given[2:]) else None

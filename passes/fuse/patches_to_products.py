@@ -56,8 +56,10 @@ class Patches(NodeRule):
             return QUIET
         if not is_constant(weight):
             return Failure("its weight is computed, so that it cannot be transposed offline", (node,))
-        if image is None or not all(isinstance(size, int) for size in image[1:]):
-            return Failure("a size of its input in space is unknown", (node,))
+        if image is None or len(image) != len(kernel) or not all(isinstance(size, int) for size in image[1:]):
+            return Failure("sizes of its input are unknown", (node,))
+        if 0 in kernel:
+            return QUIET
         patch = [int(size) for size in kernel[2:] if isinstance(size, int)]
         space = [int(size) for size in image[2:] if isinstance(size, int)]
         if any(size == 0 or size % step for size, step in zip(space, patch, strict=True)):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import declared, floats, parse, run
 
 from xform.backends.base import LowerOptions
-from xform.backends.onnxruntime.index_map import chain, index_map, rows_of
+from xform.backends.onnxruntime.index_map import chain, index_map, is_move, rows_of
 from xform.backends.onnxruntime.lower import lower
 from xform.graph.shapes import infer_shapes
 
@@ -210,13 +210,73 @@ def test_portable_models_keep_their_moves() -> None:
     assert "Concat" in ops and "Gather" not in ops and not forms
 
 
-def test_a_branch_with_narrow_rows_keeps_its_moves() -> None:
-    """One result in rows of 256 bytes, another one torn to 4: the first becomes a Gather, the moves stay for both."""
-    text = """g (float[4,6,64] x) => (float[3,4,64] a, float[4,3,64,1] b) {
-        t = Transpose<perm=[1,0,2]>(x) s = Slice(t, c0, c6, c0, c2) a = Relu(s)
-        t2 = Transpose<perm=[1,0,2]>(s) b1 = Unsqueeze(t2, m1) b = Relu(b1) }"""
-    ops, forms = lowered(text, {"c0": [0], "c6": [6], "c2": [2], "m1": [-1]})
-    assert forms.get("moves: Gather", 0) == ops.count("Gather")
+def test_a_result_in_narrow_rows_keeps_its_moves() -> None:
+    """Two results of a Split in rows of 384 elements become Gathers; the third one, in rows of one, needs it."""
+    text = """g (float[3,6,4,16] x) => (float[1,6,4,16] a, float[4,6,1,16,1] b, float[1,6,4,16] c) {
+        a1, b1, c1 = Split<axis=0, num_outputs=3>(x) a = Relu(a1)
+        b2 = Transpose<perm=[2,1,0,3]>(b1) b3 = Unsqueeze(b2, m1) b = Relu(b3)
+        c2 = Transpose<perm=[0,2,1,3]>(c1) c3 = Transpose<perm=[0,2,1,3]>(c2)
+        c4 = Transpose<perm=[0,2,1,3]>(c3) c5 = Transpose<perm=[0,2,1,3]>(c4) c = Relu(c5) }"""
+    ops, _ = lowered(text, {"m1": [-1]})
+    assert ops.count("Gather") == 2 and ops.count("Split") == ops.count("Transpose") == 1
+
+
+def test_what_joins_two_values_is_a_source() -> None:
+    text = """g (float[2,8,64] x, float[2,8,64] z) => (float[8,2,64] y) {
+        c = Concat<axis=1>(x, z) t = Transpose<perm=[1,0,2]>(c) s = Slice(t, c0, c8, c0) y = Relu(s) }"""
+    ops, _ = lowered(text, {"c0": [0], "c8": [8]})
+    assert ops.count("Gather") == ops.count("Concat") == 1 and not {"Slice", "Transpose"} & set(ops)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 64), (16, 64)])
+def test_norms_with_numbers_for_each_position_are_not_passed(shape: tuple[int, ...]) -> None:
+    body = f"{ROLL} {CUT.format('r')} m = LayerNormalization<axis=-1>(w, gain) {BACK.format('m', 'u')} {UNROLL}"
+    ops, _ = image(body, {"gain": floats(*shape)}, atol=1e-5)
+    assert ops.count("Gather") == 2
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_norms_over_an_axis_from_the_front_are_not_passed(after: bool) -> None:
+    """It would be another axis in rows of another rank."""
+    body = f"{ROLL} {CUT.format('r')} m = LayerNormalization<axis=2>(w, gain) {BACK.format('m', 'u')} {UNROLL}"
+    if after:  # the rank changes behind the norm
+        body = "v = Reshape(x, windows) t = Transpose<perm=[1,0,2]>(v) m = LayerNormalization<axis=2>(t, gain) "
+        body += "tt = Transpose<perm=[1,0,2]>(m) y = Reshape(tt, image)"
+    lowered_ops, _ = image(body, {"gain": floats(64)}, atol=1e-5)
+    assert "LayerNormalization" in lowered_ops
+
+
+def test_a_wrongly_declared_shape_is_left_alone() -> None:
+    text = "g (float[4,8,64] x) => (float[8,4,64] y) { s = Slice(x, c0, c3, c0) y = Transpose<perm=[1,0,2]>(s) }"
+    used = {"c0": np.array([0]), "c3": np.array([3])}
+    model = parse(declared(text, used), used)
+    model.graph.outputs[0].shape = ir.Shape((8, 4, 64))
+    result, forms = lower(model, LowerOptions())
+    assert not forms and [node.op_type for node in result.graph] == ["Slice", "Transpose"]
+
+
+def test_constants_that_were_cleaned_up_come_back() -> None:
+    """The shape of an attention that nothing reads, and the rows of a Gather, are the same number."""
+    text = """g (float[2,8,4,64] x, float[2,8,128] q) => (float[2,8,2,64] y) {
+        z = Attention<q_num_heads=2, kv_num_heads=2, is_causal=1, softcap=5.0>(q, q, q)
+        t = Transpose<perm=[0,2,1,3]>(x) t2 = Transpose<perm=[0,2,1,3]>(t)
+        a, b = Split<axis=2>(t2, halves) y = Relu(a) }"""
+    assert "Gather" in lowered(text, {"halves": [2, 2]})[0]
+
+
+def test_long_chains_are_left_alone() -> None:
+    swaps = " ".join(f"v{n + 1} = Transpose<perm=[1,0,2]>(v{n})" for n in range(1500))
+    text = f"g (float[4,8,64] v0) => (float[4,8,64] y) {{ {swaps} y = Relu(v1500) }}"
+    ops, forms = lowered(text, {})
+    assert ops.count("Transpose") == 1500 and not forms
+
+
+def test_slices_by_attributes_are_left_alone() -> None:
+    model = parse("g (float[4,8,64] x) => (float[8,2,64] y) { t = Transpose<perm=[1,0,2]>(x) y = Identity(t) }")
+    (node, _) = model.graph
+    sliced = ir.node("Slice", [node.outputs[0]], {"starts": [0], "ends": [2], "axes": [1]})
+    sliced.outputs[0].shape = ir.Shape((8, 2, 64))
+    assert not is_move(sliced)
 
 
 AXES = st.integers(0, 3)

@@ -58,6 +58,13 @@ def test_left_alone(x: str, y: str, attributes: str, weight: tuple[int, ...], re
     assert [reason in found for found in missed(remarks)] == [True] if reason else not missed(remarks)
 
 
+@pytest.mark.parametrize(("weight", "y"), [((0, 3, 8, 8), "2,0,2,2"), ((5, 0, 8, 8), "2,5,2,2")])
+def test_without_channels_nothing_happens(weight: tuple[int, ...], y: str) -> None:
+    used = {"w": np.zeros(weight, np.float32)}
+    text = f"g (float[2,{weight[1]},16,16] x) => (float[{y}] y) {{ y = Conv<strides=[8,8]>(x, w) }}"
+    assert not PatchesToProducts().run(parse(declared(text, used), used), PassContext())
+
+
 def test_narrower_patches_on_demand() -> None:
     model, _ = patches("2,3,8,8", "2,5,2,2", "<strides=[4,4]>", 5, 3, 4, 4, size=(2, 3, 8, 8), narrowest=4)
     assert "Conv" not in ops(model)
