@@ -29,16 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.backends.onnxruntime.emit import Emitter, Site
-from xform.backends.onnxruntime.index_map import (
-    Rows,
-    chain,
-    copied,
-    index_map,
-    is_move,
-    operands,
-    rows_of,
-    sizes,
-)
+from xform.backends.onnxruntime.index_map import Rows, chain, copied, index_map, is_move, operands, rows_of, sizes
 from xform.backends.onnxruntime.row_region import Region, region_from
 from xform.graph.values import Array
 
@@ -69,14 +60,14 @@ class _Moved:
         source: Where its elements come from.
         index: By units, see `index_map`.
         unit: Elements of one.
-        before: The moves in between.
+        moves: What is in between.
     """
 
     value: ir.Value
     source: ir.Value
     index: Array
     unit: int
-    before: tuple[ir.Node, ...]
+    moves: tuple[ir.Node, ...]
 
     @cached_property
     def rows(self) -> Rows:
@@ -119,12 +110,12 @@ class _After:
     Attributes:
         nodes: In order.
         results: What they give to anything else.
-        is_all: Whether nothing else reads the source.
+        alone: Whether nothing else reads the source.
     """
 
     nodes: tuple[ir.Node, ...]
     results: tuple[ir.Value, ...]
-    is_all: bool
+    alone: bool
 
 
 def _after(source: ir.Value) -> _After:
@@ -133,12 +124,8 @@ def _after(source: ir.Value) -> _After:
     queue = [source]
     while queue:
         for node, _ in queue.pop(0).uses():
-            if (
-                node not in nodes
-                and node.graph is source.graph
-                and is_move(node)
-                and reached.issuperset(operands(node))
-            ):
+            new = node not in nodes and node.graph is source.graph
+            if new and is_move(node) and reached.issuperset(operands(node)):
                 nodes[node] = None
                 reached.update(node.outputs)
                 queue.extend(node.outputs)
@@ -159,7 +146,7 @@ def _gather(emitter: Emitter, source: ir.Value) -> None:
         return
     wide = [moved for moved in found if moved.pays]
     converted = {moved.value for moved in wide}
-    left = {node for moved in found if moved.value not in converted for node in moved.before}
+    left = {node for moved in found if moved.value not in converted for node in moved.moves}
     if sum(moved.cost for moved in wide) + sum(map(copied, left)) >= before:
         return
     for moved in wide:
@@ -176,9 +163,9 @@ def _pass_region(emitter: Emitter, entry: ir.Value) -> None:
         return
     after = [_after(value) for value in region.exits]
     ends = [end for one in after for result in one.results if (end := _moved(result)) is not None]
-    if not all(one.is_all for one in after) or len(ends) < sum(len(one.results) for one in after):
+    if not all(one.alone for one in after) or len(ends) < sum(len(one.results) for one in after):
         return
-    before = _least(moved.before, [moved])
+    before = _least(moved.moves, [moved])
     for value, one in zip(region.exits, after, strict=True):
         before += _least(one.nodes, [end for end in ends if end.source is value])
     down, up = _down(moved, ends), _up(moved, ends)
@@ -193,13 +180,13 @@ def _pass_region(emitter: Emitter, entry: ir.Value) -> None:
         site = emitter.at(producer)
         _enter(region, entry, _emit(site, up[0]))
         site.take_over(ends[0].value, region.exits[0])
-    _sweep((*moved.before, *(node for one in after for node in one.nodes)))
+    _sweep((*moved.moves, *(node for one in after for node in one.nodes)))
 
 
 def _vanishes(moved: _Moved, region: Region) -> bool:
     """Whether the region alone reads what the moves in front of it make."""
-    inside = {*moved.before, *region.nodes}
-    made = [output for node in moved.before for output in node.outputs]
+    inside = {*moved.moves, *region.nodes}
+    made = [output for node in moved.moves for output in node.outputs]
     return not any(v.is_graph_output() or any(user not in inside for user, _ in v.uses()) for v in made)
 
 
@@ -258,11 +245,12 @@ def _emit(site: Site, moved: _Moved) -> ir.Value:
     """The value as views and a Gather of its source, at `site`."""
     chosen, shape, x = moved.rows, sizes(moved.value) or (), moved.source
     if not chosen.identity:
+        batch = (chosen.batch,) if chosen.batch > 1 else ()
         count = prod(sizes(x) or ()) // chosen.width // chosen.batch
-        x = _view(site, x, (chosen.batch, count, chosen.width)[chosen.batch == 1 :])
+        x = _view(site, x, (*batch, count, chosen.width))
         indices = site.emitter.constant(chosen.indices, ir.DataType.INT64, "rows")
-        parts = (chosen.batch, len(chosen.indices), chosen.width)[chosen.batch == 1 :]
-        x = _known(site.op("Gather", x, indices, axis=len(parts) - 2), moved.source, parts)
+        gathered = site.op("Gather", x, indices, axis=len(batch))
+        x = _known(gathered, moved.source, (*batch, len(chosen.indices), chosen.width))
         site.emitter.count("moves: Gather")
     return _view(site, x, shape, always=x is moved.source)
 

@@ -15,7 +15,7 @@ Left alone, with a remark: a weight that is computed, sizes in space that are un
 patches too narrow to pay.
 
 Runtimes have int8 products where they have no int8 convolution (ONNX Runtime on the CPU), so this is part of the int8
-form for those. In float the two take the same time. Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words",
+form for those. In float it gains little. Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words",
 section 3.1, which defines the patch embedding as this product.
 """
 
