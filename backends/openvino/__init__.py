@@ -19,7 +19,7 @@ from xform.backends.onnxruntime import lower as _lower
 from xform.backends.openvino import available as _available
 from xform.errors import TargetError, UsageError
 from xform.graph import write
-from xform.graph.clone import source_opset
+from xform.graph.clone import clone, source_opset
 from xform.target import Target
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ class OpenVinoArtifact(Artifact):
 
     Attributes:
         model: The graph; its weights are shared with the graph that it was lowered from.
+        group: Channels that share a scale in products whose inputs are rounded at run time; 0 for none.
     """
 
     model: ir.Model = field(kw_only=True)
+    group: int = field(default=0, kw_only=True)
 
     def save(self, path: Path) -> list[Path]:
         """`.xml` with a `.bin` beside it, or for any other suffix the ONNX file; both are written atomically."""
@@ -49,7 +51,7 @@ class OpenVinoArtifact(Artifact):
             return write.save(self.model, path)
         from xform.backends.openvino.compile import save_xml
 
-        return save_xml(self.model, path)
+        return save_xml(self.model, path, self.group)
 
 
 class OpenVinoBackend:
@@ -66,11 +68,14 @@ class OpenVinoBackend:
         """Lower a copy of `graph`. Raises TargetError where an input or output has a dtype that OpenVINO lacks."""
         from xform.backends.onnxruntime.session import physical_cores
         from xform.backends.openvino.compile import settings_for
+        from xform.backends.openvino.dynamic_groups import take_groups
 
         _refuse_dtypes(graph)
         opset = options.opset or min(source_opset(graph) or _NEWEST_OPSET, _NEWEST_OPSET)
         # norms are kept as one operator: OpenVINO runs MVN for them, and the written-out form slower
         opset = max(opset, 17) if options.opset is None else opset
+        graph = clone(graph)
+        group, choices = take_groups(graph)
         model, forms = _lower.lower(graph, replace(options, opset=opset, portable=True))
         operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata = {
@@ -81,9 +86,9 @@ class OpenVinoBackend:
             "lowered": forms,
             "operators": dict(sorted(operators.items())),
             "placement": {"OpenVINO CPU": operators.total()},
-            "session": settings_for(target.threads or physical_cores()),
+            "session": settings_for(target.threads or physical_cores(), group),
         }
-        return OpenVinoArtifact(self.name, target, metadata, model=model)
+        return OpenVinoArtifact(self.name, target, metadata, choices=choices, model=model, group=group)
 
     def load(self, artifact: Artifact, options: LoadOptions) -> OpenVinoRunner:
         """Compile it; the settings are added to the artifact's metadata."""
@@ -94,7 +99,7 @@ class OpenVinoBackend:
 
         if not isinstance(artifact, OpenVinoArtifact):
             raise UsageError(f"an artifact of backend {artifact.backend!r} cannot be loaded by {self.name!r}")
-        settings = settings_for(options.threads or artifact.target.threads or physical_cores())
+        settings = settings_for(options.threads or artifact.target.threads or physical_cores(), artifact.group)
         artifact.metadata["session"] = settings
         return OpenVinoRunner(compile_model(artifact.model, settings), artifact.model)
 

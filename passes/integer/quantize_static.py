@@ -20,13 +20,17 @@ weight alone is int8, and the sums are float:
 
     X W  ~  X D(Wq)         OpenVINO reads the bytes and scales in registers
 
-Legal: float32, a constant finite weight, an activation whose range was measured (which few rows do not need).
+Products where the machine has dot-product instructions are in int8 with scales found at run time
+(`passes.integer.grouped_products`), of few rows too.
+
+Legal: float32, a constant finite weight, an activation whose range was measured (which only "static" products and
+convolutions need).
 Profitable, as measured in OpenVINO with AVX2 (docs/performance.md):
 - Conv: at least 4 input channels per group, or one group. Integer kernels sum four bytes at a time; depthwise
   convolutions have one, and those with several outputs per group run three times slower than in float.
 - MatMul of few rows: 1.9 to 2.6 times as fast as float for 1 row, 1.2 times for 8; at least 65,536 weights, as less of
   them stays in the cache anyway.
-- other MatMul: where the machine has dot-product instructions; without, int8 is 0.8 to 1.3 times as fast as float.
+- other MatMul: only with dot-product instructions; without, int8 is 0.8 to 1.3 times as fast as float.
 - at least `smallest` multiply-adds: below (convolutions of pooled vectors), quantizing the input costs what is saved.
 Products in `keep` (original node names) stay in float; `xform.pipeline.sensitivity` finds which have to.
 
@@ -40,7 +44,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -57,6 +61,7 @@ from xform.graph.values import (
     is_op,
     shape_of,
 )
+from xform.passes.integer.grouped_products import FINEST, GroupedCodes, GroupOptions, GroupProducts, rows_of
 from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange, Ranges, load_ranges
 from xform.rewrite.builder import Builder
@@ -64,6 +69,8 @@ from xform.rewrite.matcher import Match, Search
 from xform.rewrite.passes import Fidelity, PassContext, RewritePass
 from xform.rewrite.pattern import Key
 from xform.rewrite.rule import QUIET, Failure, Rule
+
+ProductForm = Literal["auto", "grouped", "static", "float"]
 
 _CODES = 255  # largest uint8
 _SUMMED_AT_ONCE = 4  # bytes, by the instructions of every integer kernel
@@ -110,14 +117,6 @@ def multiply_adds(node: ir.Node) -> int | None:
     if not all(isinstance(dim, int) for dim in sizes):
         return None
     return int(weight.size * math.prod(dim for dim in sizes if isinstance(dim, int)))
-
-
-def rows_of(node: ir.Node) -> int | None:
-    """Rows of the left operand of a product; None where a size is dynamic."""
-    shape = shape_of(node.outputs[0])
-    if not shape or not all(isinstance(dim, int) for dim in shape[:-1]):
-        return None
-    return math.prod(dim for dim in shape[:-1] if isinstance(dim, int))
 
 
 def _reads_weight_only(node: ir.Node, options: QuantizeStatic) -> bool:
@@ -179,9 +178,8 @@ class QuantizeReaders(Rule):
         self._ranges = ranges
         self._options = options
         self._keep = frozenset(options.keep)
-        has = dot_product_instructions()
-        self._products = has if options.products is None else options.products
-        self._bits = options.weight_bits or (8 if has else 0)
+        self._products = options.form_of_products
+        self._bits = options.weight_bits or (8 if dot_product_instructions() else 0)
 
     def anchors(self) -> frozenset[Key] | None:
         return frozenset((("", "Conv"), ("", "MatMul")))
@@ -206,7 +204,8 @@ class QuantizeReaders(Rule):
         failure = _operands(node)
         if failure is not None:
             return failure
-        if _reads_weight_only(node, self._options):
+        grouped = is_op(node, "MatMul") and self._products == "grouped"  # of those GroupProducts tells
+        if grouped or _reads_weight_only(node, self._options):
             return QUIET
         x = node.inputs[0]
         name = (x.name if x is not None else None) or ""
@@ -223,7 +222,7 @@ class QuantizeReaders(Rule):
 
     def _unprofitable(self, node: ir.Node) -> Failure | None:
         """See the module's docstring."""
-        if is_op(node, "MatMul") and not self._products:
+        if is_op(node, "MatMul") and self._products == "float":
             return Failure("int8 products do not pay here: this machine has no dot-product instructions", (node,))
         weight = constant_tensor(node.inputs[1])
         assert weight is not None
@@ -277,9 +276,14 @@ class QuantizeStatic(RewritePass):
         ranges: Of activations by name (`xform.pipeline.calibration.activation_ranges`), or the file that holds them.
         keep: Original names of nodes that stay in float.
         weight_bits: 8, 7, or 0 for 8 without saturation on this machine; products of few rows always have 8.
-        products: Whether matrix products are quantized, not convolutions alone; None for where it pays here.
+        products: What becomes of matrix products: "grouped" (scales by groups of channels, found at run time),
+            "static" (scales from calibration), "float" but for those of few rows, or "auto": "grouped" where this
+            machine has dot-product instructions, else "float".
+        group: Input channels that share a scale in grouped products.
+        codes: Weights of grouped products in uint8 by name (`xform.pipeline.rounding.compensated_weights`); others
+            are rounded here.
         smallest: Number of multiply-adds from which on a node pays.
-        few_rows: Products of at most so many rows have int8 weights alone; 0 for none.
+        few_rows: Products of at most so many rows that are not grouped have int8 weights alone; 0 for none.
         max_error: Relative error of the outputs that the search for `keep` allows; a cosine of 0.999 is about 0.045.
     """
 
@@ -289,7 +293,9 @@ class QuantizeStatic(RewritePass):
     ranges: str | Ranges = field(default="", hash=False)
     keep: tuple[str, ...] = ()
     weight_bits: int = 0
-    products: bool | None = None
+    products: ProductForm = "auto"
+    group: int = FINEST
+    codes: GroupedCodes = field(default_factory=dict, hash=False, repr=False)
     smallest: int = 1 << 19
     few_rows: int = 8
     max_error: float = 0.025
@@ -297,7 +303,21 @@ class QuantizeStatic(RewritePass):
     def rules(self) -> Sequence[Rule]:
         if self.weight_bits not in (0, 7, 8):
             raise UsageError(f"weight_bits must be 8, 7 or 0, not {self.weight_bits}")
-        return QuantizeWeight(self), QuantizeReaders(load_ranges(self.ranges), self)
+        if self.products not in get_args(ProductForm):
+            raise UsageError(f"products must be one of {', '.join(get_args(ProductForm))}, not {self.products!r}")
+        if self.group < 1:
+            raise UsageError(f"group must be a number of channels, not {self.group}")
+        products: Rule = QuantizeWeight(self)
+        if self.form_of_products == "grouped":
+            products = GroupProducts(GroupOptions(self.group, frozenset(self.keep), self.codes, self.smallest))
+        return products, QuantizeReaders(load_ranges(self.ranges), self)
+
+    @property
+    def form_of_products(self) -> ProductForm:
+        """What "auto" means on this machine."""
+        if self.products != "auto":
+            return self.products
+        return "grouped" if dot_product_instructions() else "float"
 
 
-__all__ = ["QuantizeStatic", "activation_codes", "multiply_adds", "quantizable_inputs"]
+__all__ = ["ProductForm", "QuantizeStatic", "activation_codes", "multiply_adds", "quantizable_inputs"]

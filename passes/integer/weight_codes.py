@@ -9,6 +9,7 @@ pairs are channels 2j and 2j + 1; sums of 128 are exact, of 129 are not (2026-11
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ import numpy as np
 from xform.graph.values import Array
 
 _DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_CODES = 255  # largest uint8
 _DAMPING = 0.01  # of the mean of the diagonal, so that the inverse exists
 _BLOCK = 128  # rows whose updates to the rows after them are made at once
 _PAIR = 128  # largest sum of two weights whose products with 255 can be added in 16 bits
+
+AsymmetricCodes = tuple[Array, Array, Array]  # uint8 [K, N], float32 scales [N], uint8 zero points [N]
 
 
 def dot_product_instructions() -> bool:
@@ -52,6 +56,18 @@ def weight_codes(weight: Array, output_axis: int, input_axis: int, bits: int) ->
     return np.ascontiguousarray(np.moveaxis(codes, (0, 1), (output_axis, input_axis))), scale
 
 
+def asymmetric_codes(weight: Array) -> AsymmetricCodes:
+    """uint8 codes of a product's weight [K, N], with a scale and a zero point per output channel.
+
+    The range of a column is widened to contain zero, which is exact.
+    """
+    low, high = np.minimum(weight.min(axis=0), 0.0), np.maximum(weight.max(axis=0), 0.0)
+    needed = (high.astype(np.float64) - low) / _CODES
+    scale = np.where(needed > 0, needed, 1.0).astype(np.float32)
+    zero = np.clip(np.rint(-low / scale), 0, _CODES).astype(np.uint8)
+    return np.clip(np.rint(weight / scale) + zero, 0, _CODES).astype(np.uint8), scale, zero
+
+
 def _pair_peaks(flat: Array) -> Array:
     """Largest sum in magnitude of two neighbours along axis 1 of [M, C, taps] that can be added with one sign, [M]."""
     paired = flat.shape[1] // 2 * 2
@@ -65,11 +81,7 @@ def _pair_peaks(flat: Array) -> Array:
 def compensated_codes(weight: Array, gram: Array, bits: int) -> tuple[Array, Array]:
     """Codes and scales of a product as `weight_codes` gives them, rounded so that the errors of a column cancel.
 
-    Row after row of W [K, N] is rounded, and what that changes in X W is made up for, as far as X allows, in the rows
-    not rounded yet. The error of X W on the calibration rows falls, though that of W grows.
-
-    Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-    sections 3.1 to 3.3 (its Cholesky form, with lazy updates of blocks).
+    See `_compensated`.
 
     Args:
         weight: [K, N].
@@ -78,6 +90,39 @@ def compensated_codes(weight: Array, gram: Array, bits: int) -> tuple[Array, Arr
     """
     _, scale = weight_codes(weight, 1, 0, bits)
     limit = 2 ** ((bits or 8) - 1) - 1
+
+    def rounded(row: int, wanted: Array, before: Array) -> Array:
+        code = np.clip(np.rint(wanted), -limit, limit)
+        if bits == 0 and row % 2:  # the second of a pair: see the module's docstring
+            low, high = np.where(before <= 0, -_PAIR - before, -limit), np.where(before >= 0, _PAIR - before, limit)
+            code = np.clip(code, low, high)
+        return code
+
+    return _compensated(weight, gram, scale, rounded).astype(np.int8), scale
+
+
+def compensated_asymmetric_codes(weight: Array, gram: Array) -> AsymmetricCodes:
+    """Codes, scales and zero points as `asymmetric_codes` gives them, rounded so that the errors of a column cancel."""
+    _, scale, zero = asymmetric_codes(weight)
+    low, high = -zero.astype(np.float64), _CODES - zero.astype(np.float64)
+    codes = _compensated(weight, gram, scale, lambda row, wanted, before: np.clip(np.rint(wanted), low, high))
+    return (codes + zero).astype(np.uint8), scale, zero
+
+
+def _compensated(weight: Array, gram: Array, scale: Array, rounded: Callable[[int, Array, Array], Array]) -> Array:
+    """Whole numbers q [K, N] with q * scale close to the weight in what the product gives, not in the weight itself.
+
+    Row after row of W [K, N] is rounded, and what that changes in X W is made up for, as far as X allows, in the rows
+    not rounded yet. The error of X W on the calibration rows falls, though that of W grows.
+
+    Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    sections 3.1 to 3.3 (its Cholesky form, with lazy updates of blocks).
+
+    Args:
+        gram: X^T X / M [K, K], X [M, K] what the product reads.
+        scale: [N].
+        rounded: From the index of a row, what it should be [N], and the codes of the row before, its codes.
+    """
     left, steps = weight.astype(np.float64), scale.astype(np.float64)
     hessian = gram.astype(np.float64)
     diagonal = np.diag_indices(len(hessian))
@@ -88,15 +133,19 @@ def compensated_codes(weight: Array, gram: Array, bits: int) -> tuple[Array, Arr
         end = min(start + _BLOCK, len(left))
         errors = np.zeros((end - start, left.shape[1]))
         for row in range(start, end):
-            code = np.clip(np.rint(left[row] / steps), -limit, limit)
-            if bits == 0 and row % 2:  # the second of a pair: see the module's docstring
-                before = codes[row - 1]
-                code = np.clip(
-                    code, np.where(before <= 0, -_PAIR - before, -limit), np.where(before >= 0, _PAIR - before, limit)
-                )
-            codes[row] = code
-            error = (left[row] - code * steps) / upper[row, row]
+            codes[row] = rounded(row, left[row] / steps, codes[row - 1])
+            error = (left[row] - codes[row] * steps) / upper[row, row]
             left[row + 1 : end] -= np.outer(upper[row, row + 1 : end], error)
             errors[row - start] = error
         left[end:] -= upper[start:end, end:].T @ errors
-    return codes.astype(np.int8), scale
+    return codes
+
+
+__all__ = [
+    "AsymmetricCodes",
+    "asymmetric_codes",
+    "compensated_asymmetric_codes",
+    "compensated_codes",
+    "dot_product_instructions",
+    "weight_codes",
+]

@@ -30,14 +30,17 @@ from xform.graph.count import bindings_of, count
 from xform.passes.cleanup import SimplifyLayout
 from xform.passes.fuse import PatchesToProducts
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
+from xform.passes.integer.grouped_products import finer_groups, widest_group
 from xform.passes.integer.quantize_products import outliers
+from xform.passes.integer.quantize_static import ProductForm
 from xform.passes.integer.scale_channels import Factors
+from xform.passes.integer.weight_codes import dot_product_instructions
 from xform.passes.normalize import LayerWiseScales, MigrateScales
 from xform.passes.normalize.ranges import Ranges, load_ranges
 from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
 from xform.pipeline.channel_factors import channel_factors
 from xform.pipeline.oracle import Inputs
-from xform.pipeline.rounding import compensated_weights
+from xform.pipeline.rounding import compensated_grouped_weights, compensated_weights
 from xform.pipeline.row_scales import Variant, products_by_input, where_it_pays
 from xform.pipeline.sensitivity import Progress, Trial, search
 from xform.rewrite.passes import Pass, PassContext
@@ -52,6 +55,7 @@ _OPERATIONS = 2e11  # of one measurement of the error, a few seconds: a search n
 _FEWEST = 2  # batches, however large
 _WORTH = 0.95  # of the error before: what a migration must reach, as it makes the graph no simpler
 
+Change = tuple[str, Callable[["_Tried"], dict[str, Any]]]  # what is tried, and options of the pass for that
 Prepare = Callable[[Sequence[Pass]], ir.Model]  # runs passes on the captured graph
 
 
@@ -129,7 +133,10 @@ class Quantization:
         if name == "dynamic":
             return asked
         if isinstance(asked, QuantizeProducts):
-            asked = QuantizeStatic(keep=asked.keep, weight_bits=asked.weight_bits, max_error=asked.max_error)
+            products: ProductForm = "static" if dot_product_instructions() else "float"
+            asked = QuantizeStatic(
+                keep=asked.keep, weight_bits=asked.weight_bits, max_error=asked.max_error, products=products
+            )
         return asked if asked.ranges else replace(asked, ranges=activation_ranges(model, self._batches))
 
     def _migrated(self, name: str, plain: _Tried, remarks: list[Remark]) -> _Tried:
@@ -151,6 +158,18 @@ class Quantization:
             ("RepQuant", LayerWiseScales(ranges)),
         ):
             try_(label, plain, self._after(name, plain, one))
+
+        def refine(changes: Sequence[Change]) -> list[str]:
+            applied = []
+            for label, change in changes:
+                if best.error > best.candidate.max_error:
+                    before, refined = best, replace(best.candidate, **change(best))
+                    try_(label, best, replace(best, candidate=refined))
+                    applied += [label] if best is not before else []
+            return applied
+
+        cheap, dear = self._refinements(best)
+        refined = refine(cheap)
         start = best
         if best.error > best.candidate.max_error:
             factors = self._factors(start, start.candidate)
@@ -163,11 +182,7 @@ class Quantization:
         told = [one.name for one in best.moved[len(plain.moved) :]]
         rows = best.candidate.row_scaled if isinstance(best.candidate, QuantizeProducts) else ()
         told += [f"scales per row in {len(rows)} products"] if rows else []
-        for label, change in self._refinements(best):
-            if best.error > best.candidate.max_error:
-                before, refined = best, replace(best.candidate, **change(best))
-                try_(label, best, replace(best, candidate=refined))
-                told += [label] if best is not before else []
+        told += refined + refine(dear)
         reason = (
             f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
         )
@@ -176,7 +191,7 @@ class Quantization:
 
     def _factors(self, start: _Tried, candidate: Quantizer) -> Factors:
         """Of channels, for the scales that `candidate` gives to inputs."""
-        per_row = isinstance(candidate, QuantizeProducts) and candidate.per_row
+        per_row = candidate.per_row if isinstance(candidate, QuantizeProducts) else _grouped(candidate)
         return channel_factors(start.trial.model, self._batches, candidate.weight_bits, per_row=per_row)
 
     def _with_rows(self, name: str, start: _Tried, single: _Tried, factors: Factors) -> tuple[str, _Tried | None]:
@@ -209,18 +224,33 @@ class Quantization:
         found = self._after(name, start, ScaleChannels(factors)) if factors else None
         return found or start
 
-    def _refinements(self, start: _Tried) -> list[tuple[str, Callable[[_Tried], dict[str, Any]]]]:
-        """Options of products that lower their error, from the cheapest at run time to the dearest to find."""
-        if not isinstance(start.candidate, QuantizeProducts):
-            return []
-        return [
-            ("outlier channels in float, one-sided rows", lambda at: {"ranges": self._ranges_that_pay(at)}),
-            ("rounding with compensation", lambda at: {
-                "codes": compensated_weights(
-                    at.trial.model, self._batches, at.candidate.weight_bits, self._ranges_of(at.candidate)
-                )
-            }),
-        ]  # fmt: skip
+    def _refinements(self, start: _Tried) -> tuple[list[Change], list[Change]]:
+        """Options of products that lower their error: those before factors per channel, and those after them.
+
+        From the cheapest at run time to the dearest.
+        """
+        if isinstance(start.candidate, QuantizeProducts):
+            return [], [
+                ("outlier channels in float, one-sided rows", lambda at: {"ranges": self._ranges_that_pay(at)}),
+                ("rounding with compensation", lambda at: {
+                    "codes": compensated_weights(
+                        at.trial.model, self._batches, at.candidate.weight_bits, self._ranges_of(at.candidate)
+                    )
+                }),
+            ]  # fmt: skip
+        if start.candidate.form_of_products == "float":
+            return [], []
+        rounding: Change = (
+            "rounding with compensation",
+            lambda at: {"codes": compensated_grouped_weights(at.trial.model, self._batches)},
+        )
+        widest = start.candidate.group
+        if start.candidate.form_of_products == "static":
+            widest = widest_group(start.trial.model)
+            groups = [_groups(size) for size in (widest, *finer_groups(widest)) if size]
+        else:
+            groups = [_groups(size) for size in finer_groups(widest)]
+        return groups[:-2], [rounding, *groups[-2:]]
 
     def _ranges_that_pay(self, at: _Tried) -> Ranges:
         """Ranges of inputs of products, without those whose outlier channels cost more than they spare."""
@@ -241,8 +271,11 @@ class Quantization:
         model = clone(start.trial.model)
         if not one.run(model, PassContext()):
             return None
-        products = isinstance(start.candidate, QuantizeProducts)
-        candidate = start.candidate if products else self._candidate(name, model)  # which measures its ranges again
+        candidate = start.candidate
+        if isinstance(candidate, QuantizeStatic):  # whose ranges are measured again
+            measured = self._candidate(name, model)
+            assert isinstance(measured, QuantizeStatic)
+            candidate = replace(measured, products=candidate.products, group=candidate.group)
         trial = Trial(model, self._measured, self._plain.expected)
         return _Tried((*start.moved, one), trial, candidate)
 
@@ -263,6 +296,14 @@ class _Tried:
     @property
     def variant(self) -> Variant:
         return self.trial, self.candidate
+
+
+def _grouped(candidate: Quantizer) -> bool:
+    return isinstance(candidate, QuantizeStatic) and candidate.form_of_products == "grouped"
+
+
+def _groups(size: int) -> Change:
+    return f"groups of {size} channels", lambda at: {"products": "grouped", "group": size}
 
 
 def _affordable(model: ir.Model, batches: Sequence[Inputs]) -> Sequence[Inputs]:

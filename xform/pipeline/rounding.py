@@ -9,7 +9,12 @@ import onnx_ir as ir
 
 from xform.graph.values import Array, constant, constant_tensor, is_op
 from xform.passes.integer.quantize_products import outliers, without_rows
-from xform.passes.integer.weight_codes import compensated_codes, dot_product_instructions
+from xform.passes.integer.weight_codes import (
+    AsymmetricCodes,
+    compensated_asymmetric_codes,
+    compensated_codes,
+    dot_product_instructions,
+)
 from xform.passes.normalize.ranges import Ranges
 from xform.pipeline.calibration import observe
 from xform.pipeline.oracle import Inputs
@@ -34,6 +39,32 @@ def compensated_weights(
         CouldNotRunError: The graph does not run on these inputs.
     """
     bits = bits or (8 if dot_product_instructions() else 0)
+    codes = {}
+    for weight, values, gram in _grams(model, batches):
+        array = constant(weight)
+        assert array is not None
+        spans = [span for value in values if (span := (ranges or {}).get(value.name or "")) is not None]
+        for apart in map(outliers, spans):
+            gram[apart], gram[:, apart], array = 0, 0, without_rows(array, apart)
+        codes[weight.name or ""] = compensated_codes(array, gram, bits)
+    return codes
+
+
+def compensated_grouped_weights(model: ir.Model, batches: Sequence[Inputs]) -> dict[str, AsymmetricCodes]:
+    """uint8 codes [K, N], scales and zero points [N] by name of the weight, for grouped products.
+
+    See `compensated_weights` and `xform.passes.integer.grouped_products`.
+
+    Raises:
+        CouldNotRunError: The graph does not run on these inputs.
+    """
+    found = _grams(model, batches)
+    weights = ((weight.name or "", constant(weight), gram) for weight, _, gram in found)
+    return {name: compensated_asymmetric_codes(array, gram) for name, array, gram in weights if array is not None}
+
+
+def _grams(model: ir.Model, batches: Sequence[Inputs]) -> list[tuple[ir.Value, list[ir.Value], Array]]:
+    """Finite weights of products, what they multiply, and X^T X / M [K, K] over all rows of that."""
     read = {weight: values for weight in model.graph.initializers.values() if (values := _activations(weight))}
     values = list(dict.fromkeys(value for found in read.values() for value in found))
     grams: dict[ir.Value, Array] = {}
@@ -43,16 +74,12 @@ def compensated_weights(
             x = np.reshape(array, (-1, np.shape(array)[-1])).astype(np.float64)
             grams[value] = grams[value] + x.T @ x if value in grams else x.T @ x
             rows[value] += len(x)
-    codes = {}
+    result = []
     for weight, found in read.items():
         array, count = constant(weight), sum(rows[value] for value in found)
         if array is not None and count and np.isfinite(array).all():
-            gram = np.sum([grams[value] for value in found], axis=0) / count
-            spans = [span for value in found if (span := (ranges or {}).get(value.name or "")) is not None]
-            for apart in map(outliers, spans):
-                gram[apart], gram[:, apart], array = 0, 0, without_rows(array, apart)
-            codes[weight.name or ""] = compensated_codes(array, gram, bits)
-    return codes
+            result.append((weight, found, np.sum([grams[value] for value in found], axis=0) / count))
+    return result
 
 
 def _activations(weight: ir.Value) -> list[ir.Value]:

@@ -14,7 +14,7 @@ from xform.errors import UsageError
 from xform.graph.clone import clone
 from xform.passes.integer import QuantizeStatic
 from xform.passes.integer.quantize_static import activation_codes, multiply_adds, quantizable_inputs
-from xform.passes.integer.weight_codes import weight_codes
+from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange, save_ranges
 from xform.pipeline.calibration import activation_ranges
 from xform.rewrite.passes import PassContext
@@ -22,7 +22,7 @@ from xform.rewrite.passes import PassContext
 RNG = np.random.default_rng(0)
 CONV = "g (float[1,8,9,9] x) => (float[1,12,9,9] y) { y = Conv<pads=[1,1,1,1], group=1>(x, w, b) }"
 FEEDS = {"x": RNG.standard_normal((1, 8, 9, 9)).astype(np.float32) + 1}
-ALL = {"smallest": 0, "products": True}
+ALL = {"smallest": 0, "products": "static"}
 
 
 def weights(*shape: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_the_pair_means_what_it_says() -> None:
     scale = np.float32((high - low) / 255)
     zero = np.rint(-low / scale)
     codes = np.clip(np.rint(x / scale) + zero, 0, 255) - zero  # exact integers from here on
-    w, t = weight_codes(constants["w"], 0, 1, 0)
+    w, t = weight_codes(constants["w"], 0, 1, 8 if dot_product_instructions() else 0)
     padded = np.pad(codes, ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
     sums = np.einsum("bchwij,mcij->bmhw", windows.astype(np.int64), w.astype(np.int64))
@@ -137,7 +137,7 @@ def test_what_has_few_multiply_adds_or_no_instructions_stays_in_float_and_is_tol
     numbers = [multiply_adds(node) for node in model.graph]
     assert numbers == [64, 2 * 64 * 64]
     ranges = activation_ranges(model, [{k: v.astype(np.float32) for k, v in feeds.items()}])
-    remarks = apply(model, QuantizeStatic(ranges, products=False, few_rows=0))
+    remarks = apply(model, QuantizeStatic(ranges, products="float", few_rows=0))
     assert set(ops(model)) == {"Conv", "MatMul"}
     told = " ".join(missed(remarks))
     assert "64 multiply-adds are too few" in told and "no dot-product instructions" in told
@@ -238,7 +238,7 @@ def test_of_a_product_of_few_rows_the_weight_alone_is_in_int8(rows: int) -> None
     constants = head_constants()
     feeds = {"x": RNG.standard_normal((rows, 256)).astype(np.float32)}
     model = parse(declared(HEAD.format(rows=rows), constants), constants)
-    log = apply(model, QuantizeStatic({}))  # no range is needed
+    log = apply(model, QuantizeStatic({}, products="float"))  # no range is needed
     assert ops(model) == ["DequantizeLinear", "MatMul", "Add"] and applied(log, "weight") == 1
     codes, scale = weight_codes(constants["w"], 1, 0, 8)
     expected = feeds["x"].astype(np.float64) @ (codes * scale.astype(np.float64)) + constants["b"]
@@ -249,14 +249,18 @@ def test_other_products_are_not_bound_by_their_weight() -> None:
     constants = head_constants()
     for rows, options in ((9, {}), (8, {"few_rows": 0}), ("b", {})):
         model = parse(declared(HEAD.format(rows=rows), constants), constants)
-        log = apply(model, QuantizeStatic({}, products=True, **options))  # type: ignore[arg-type]
+        log = apply(model, QuantizeStatic({}, products="static", **options))  # type: ignore[arg-type]
         assert ops(model) == ["MatMul", "Add"] and any("there is no range for x" in one for one in missed(log))
     kept = parse(declared(HEAD.format(rows=1), constants), constants)
     kept.graph[0].name = "head"
-    assert any("too much accuracy" in one for one in missed(apply(kept, QuantizeStatic({}, keep=("head",)))))
+    assert any(
+        "too much accuracy" in one for one in missed(apply(kept, QuantizeStatic({}, products="float", keep=("head",))))
+    )
     constants = head_constants(200)
     small = parse(declared(HEAD.format(rows=1).replace("300", "200"), constants), constants)
-    assert any("51200 weights are too few to pay" in one for one in missed(apply(small, QuantizeStatic({}))))
+    assert any(
+        "51200 weights are too few to pay" in one for one in missed(apply(small, QuantizeStatic({}, products="float")))
+    )
     constants["w"][3, 3] = np.inf
     bad = parse(declared(HEAD.format(rows=1).replace("300", "200"), constants), constants)
-    assert any("not finite" in one for one in missed(apply(bad, QuantizeStatic({}))))
+    assert any("not finite" in one for one in missed(apply(bad, QuantizeStatic({}, products="float"))))
