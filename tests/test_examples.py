@@ -42,6 +42,11 @@ def test_torch_backend(tmp_path: Path) -> None:
     assert "gradients of 7 parameters" in text
 
 
+def test_int8_groups(tmp_path: Path) -> None:
+    text = _run("int8_groups.py", tmp_path)
+    assert text.count("relative error") == 3 and "a scale per 32 channels: relative error 0.0" in text
+
+
 def test_cpu_int8(tmp_path: Path) -> None:
     text = _run("cpu_int8.py", tmp_path)
     assert "4 products in int8" in text and "12 operators run on packed tokens" in text

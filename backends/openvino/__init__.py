@@ -7,6 +7,7 @@ OpenVINO's own `.xml` and `.bin`.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from xform.backends.base import Artifact, LoadOptions, LowerOptions
+from xform.backends.onnxruntime import SESSION
 from xform.backends.onnxruntime import lower as _lower
 from xform.backends.openvino import available as _available
 from xform.errors import TargetError, UsageError
@@ -77,6 +79,8 @@ class OpenVinoBackend:
         graph = clone(graph)
         group, choices = take_groups(graph)
         model, forms = _lower.lower(graph, replace(options, opset=opset, portable=True))
+        session = settings_for(target.threads or physical_cores(), group)
+        model.metadata_props[SESSION] = json.dumps(session)
         operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata = {
             "opset": model.opset_imports.get("", 0),
@@ -86,7 +90,7 @@ class OpenVinoBackend:
             "lowered": forms,
             "operators": dict(sorted(operators.items())),
             "placement": {"OpenVINO CPU": operators.total()},
-            "session": settings_for(target.threads or physical_cores(), group),
+            "session": session,
         }
         return OpenVinoArtifact(self.name, target, metadata, choices=choices, model=model, group=group)
 

@@ -18,7 +18,7 @@ from xform.target import Target
 
 CPU = Target("cpu")
 RNG = np.random.default_rng(0)
-C, R = 16, 8
+C = R = 16  # multiples of the blocks, which are 8 channels wide with AVX2 and 16 with AVX-512
 CONSTANTS = {
     "w": (C, C, 3, 3), "v": (R, C, 1, 1), "vb": (R,), "u": (C, R, 1, 1), "ub": (C,), "p": (R, C, 1, 1),
 }  # fmt: skip

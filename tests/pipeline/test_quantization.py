@@ -180,6 +180,54 @@ def test_scales_per_row_are_where_they_spare_more_than_a_share_of_the_bound() ->
     assert "scales per row in 1 products" in found.remarks[0].reason
 
 
+def uneven(width: int = 256) -> tuple[ir.Model, list[dict[str, Any]]]:
+    """Tokens of very different sizes, a product, and tokens of one size again."""
+    constants = {"w": (RNG.standard_normal((width, width)) / 16).astype(np.float32)}
+    text = f"""g (float[1,64,{width}] x, float[1,64,1] size) => (float[1,64,{width}] y) {{
+        b = Mul(x, size) m = MatMul(b, w) y = Div(m, size) }}"""
+    sizes = np.where(np.arange(64) % 5 == 2, 200.0, 1.0).astype(np.float32).reshape(1, 64, 1)
+    batches = [{"x": RNG.standard_normal((1, 64, width)).astype(np.float32), "size": sizes} for _ in range(2)]
+    return parse(declared(text, constants), constants), batches
+
+
+@pytest.mark.parametrize(
+    ("instructions", "max_error", "products"),
+    [(True, 0.025, "grouped"), (True, 10.0, "static"), (False, 0.025, "float")],
+)
+def test_products_on_openvino_have_groups_where_static_scales_are_too_far_off(
+    instructions: bool, max_error: float, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xform.pipeline import quantization as module
+
+    monkeypatch.setattr(module, "dot_product_instructions", lambda: instructions)
+    model, batches = uneven()
+    found = quantization(model, batches, QuantizeProducts(max_error=max_error)).form_for("openvino")
+    quantizer = found.passes[-1]
+    assert isinstance(quantizer, QuantizeStatic)
+    assert (quantizer.products, quantizer.keep) == (products, ())
+    if products == "grouped":
+        assert quantizer.group == 256  # rows alone differ here, so the widest group does
+        assert "groups of 256 channels" in found.remarks[0].reason
+        assert "1 products in int8" in found.remarks[-1].reason
+
+
+def test_finer_groups_and_compensated_weights_come_before_products_return_to_float(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from xform.pipeline import quantization as module
+
+    monkeypatch.setattr(module, "dot_product_instructions", lambda: True)
+    model, batches = uneven()
+    for batch in batches:
+        batch["x"][..., 17] *= 300  # a channel that takes the resolution of its group
+    found = quantization(model, batches, QuantizeProducts(max_error=1e-4)).form_for("openvino")
+    quantizer = found.passes[-1]
+    assert isinstance(quantizer, QuantizeStatic) and quantizer.products == "grouped" and quantizer.group < 256
+    told = found.remarks[0].reason
+    assert "groups of 128 channels" in told and "rounding with compensation" in told
+    assert len(quantizer.keep) == 1  # no form of int8 is as close as that
+
+
 @pytest.mark.parametrize(("operations", "measured"), [(1e18, 5), (0, 2), (3.5, 3)])
 def test_errors_are_measured_on_as_many_batches_as_one_can_afford(
     operations: float, measured: int, monkeypatch: pytest.MonkeyPatch

@@ -33,7 +33,9 @@ def group_of(read: ir.Value | None) -> tuple[ir.Value, int] | None:
         return None
     x, group = encode.inputs[0], attribute(encode, "block_size", 0)
     rank = rank_of(x)
-    if x is None or scale is None or rank is None or not group or group != attribute(decode, "block_size", 0):
+    if attribute(encode, "output_dtype", 0) != ir.DataType.INT8 or x is None or x.dtype is not ir.DataType.FLOAT:
+        return None
+    if scale is None or rank is None or not group or group != attribute(decode, "block_size", 0):
         return None
     if any(attribute(node, "axis", 1) % rank != rank - 1 for node in (encode, decode)):
         return None
@@ -50,10 +52,12 @@ def _is_scale_of(scale: ir.Value, x: ir.Value, group: int) -> bool:
             return False
         chain.append(node)
         value = node.inputs[0]
+    if any(len(node.inputs) != 2 for node in chain[:3]):
+        return False
     least, factor = scalar(chain[0].inputs[1]), scalar(chain[1].inputs[1])
     if least is None or factor is None or least > _TINIEST or not np.isclose(factor, 1 / LARGEST_CODE, rtol=1e-6):
         return False
-    axes = constant(chain[2].inputs[1]) if len(chain[2].inputs) > 1 else None
+    axes = constant(chain[2].inputs[1])
     if axes is None or axes.tolist() != [-1]:
         return False
     whole = shape_of(x)

@@ -12,8 +12,10 @@ them: by the norm in front, which is free (SmoothQuant with either of two streng
 then by factors per channel of their own (`xform.pipeline.channel_factors`). Products whose error falls enough get a
 scale per row of their input, with factors chosen for that, and keep outlier channels in float
 (`xform.pipeline.row_scales`); rows of one-sided inputs are scaled by their largest value, and weights are rounded with
-compensation (`xform.pipeline.rounding`). Each is tried only while the bound does not hold, and stays if it lowers the
-error by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
+compensation (`xform.pipeline.rounding`). Products of the static form get scales by groups of channels of one row
+instead, found at run time, ever finer ones (`passes.integer.grouped_products`), before and after factors and
+compensation, from the cheapest to the dearest. Each is tried only while the bound does not hold, and stays if it lowers
+the error by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ from xform.passes.fuse import PatchesToProducts
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
 from xform.passes.integer.grouped_products import finer_groups, widest_group
 from xform.passes.integer.quantize_products import outliers
-from xform.passes.integer.quantize_static import ProductForm
 from xform.passes.integer.scale_channels import Factors
 from xform.passes.integer.weight_codes import dot_product_instructions
 from xform.passes.normalize import LayerWiseScales, MigrateScales
@@ -133,10 +134,9 @@ class Quantization:
         if name == "dynamic":
             return asked
         if isinstance(asked, QuantizeProducts):
-            products: ProductForm = "static" if dot_product_instructions() else "float"
-            asked = QuantizeStatic(
-                keep=asked.keep, weight_bits=asked.weight_bits, max_error=asked.max_error, products=products
-            )
+            asked = QuantizeStatic(keep=asked.keep, weight_bits=asked.weight_bits, max_error=asked.max_error)
+        if asked.products == "auto":  # the fastest form, from which `_refinements` go on
+            asked = replace(asked, products="static" if dot_product_instructions() else "float")
         return asked if asked.ranges else replace(asked, ranges=activation_ranges(model, self._batches))
 
     def _migrated(self, name: str, plain: _Tried, remarks: list[Remark]) -> _Tried:
@@ -238,19 +238,19 @@ class Quantization:
                     )
                 }),
             ]  # fmt: skip
-        if start.candidate.form_of_products == "float":
-            return [], []
         rounding: Change = (
             "rounding with compensation",
             lambda at: {"codes": compensated_grouped_weights(at.trial.model, self._batches)},
         )
-        widest = start.candidate.group
-        if start.candidate.form_of_products == "static":
-            widest = widest_group(start.trial.model)
-            groups = [_groups(size) for size in (widest, *finer_groups(widest)) if size]
-        else:
-            groups = [_groups(size) for size in finer_groups(widest)]
-        return groups[:-2], [rounding, *groups[-2:]]
+        asked = self._passes[self._place]
+        if isinstance(asked, QuantizeStatic) and asked.products != "auto":
+            return [], [rounding] if _grouped(start.candidate) else []
+        if start.candidate.products == "float":
+            return [], []
+        widest = widest_group(start.trial.model)
+        groups = [_groups(size) for size in (widest, *finer_groups(widest)) if size]
+        coarse = max(len(groups) - 2, 1)
+        return groups[:coarse], [rounding, *groups[coarse:]]
 
     def _ranges_that_pay(self, at: _Tried) -> Ranges:
         """Ranges of inputs of products, without those whose outlier channels cost more than they spare."""

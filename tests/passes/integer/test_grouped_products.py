@@ -125,7 +125,7 @@ def test_groups_are_chosen_from_the_channels_of_all_products() -> None:
 
 def test_only_what_was_made_is_recognized() -> None:
     given = constants(64)
-    for changed in ("", "factor", "axis", "other"):
+    for changed in ("", "factor", "axis", "other", "dtype"):
         model = parse(declared(TEXT.format(k=64), given), given)
         apply(model, options(32))
         nodes = {node.op_type: node for node in model.graph}
@@ -138,6 +138,8 @@ def test_only_what_was_made_is_recognized() -> None:
             nodes["Mul"].replace_input_with(1, other)
         elif changed == "axis":
             nodes["QuantizeLinear"].attributes["axis"] = ir.AttrInt64("axis", 1)
+        elif changed == "dtype":
+            nodes["QuantizeLinear"].attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(ir.DataType.INT4))
         elif changed == "other":
             nodes["Abs"].replace_input_with(0, model.graph.inputs[0])
         found = group_of(nodes["MatMul"].inputs[0])
