@@ -28,7 +28,7 @@ whole row does; float costs 4 times (docs/performance.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,6 @@ import onnx_ir as ir
 
 from xform.graph.channel_groups import LARGEST_CODE
 from xform.graph.values import (
-    ORIGIN,
     constant,
     constant_tensor,
     display_name,
@@ -44,18 +43,19 @@ from xform.graph.values import (
     rank_of,
     shape_of,
 )
+from xform.passes.integer.shared_input import SharedInput, for_each_reader
 from xform.passes.integer.weight_codes import AsymmetricCodes, asymmetric_codes
 from xform.rewrite.builder import Builder
-from xform.rewrite.matcher import Match, Search
+from xform.rewrite.matcher import Match
 from xform.rewrite.pattern import Key
-from xform.rewrite.rule import QUIET, Failure, Rule
+from xform.rewrite.rule import QUIET, Failure
 
 FINEST = 32  # channels of a group: finer ones cost more than they spare
 _MULTIPLE = 16  # of which OpenVINO takes groups
 _STEPS = (128, 64, 32)
 _TINY = 1e-30  # instead of the scale of a group of zeros, by which it is divided
 _FEW_ROWS = 8
-_FEWEST_WEIGHTS = 1 << 16  # of a product of few rows, and of one that groups are chosen for
+FEWEST_WEIGHTS = 1 << 16  # of a product of few rows, and of one that groups are chosen for
 
 GroupedCodes = Mapping[str, AsymmetricCodes]  # by name of the weight
 
@@ -77,7 +77,7 @@ class GroupOptions:
     smallest: int
 
 
-class GroupProducts(Rule):
+class GroupProducts(SharedInput):
     """One activation, and all products that read it."""
 
     name = "groups"
@@ -89,22 +89,7 @@ class GroupProducts(Rule):
     def anchors(self) -> frozenset[Key] | None:
         return frozenset((("", "MatMul"),))
 
-    def reach(self) -> int:
-        return 1
-
-    def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        failure = self._problem(node)
-        if failure is not None:
-            yield failure
-            return
-        x = node.inputs[0]
-        assert x is not None
-        alike = dict.fromkeys(n for n, at in x.uses() if at == 0 and n.graph is node.graph and n is not node)
-        readers = [node, *(other for other in alike if self._problem(other) is None)]
-        nodes: dict[Hashable, ir.Node] = dict(enumerate(readers))
-        yield Match(values={"x": x}, nodes=nodes, roots=tuple(reader.outputs[0] for reader in readers))
-
-    def _problem(self, node: ir.Node) -> Failure | None:
+    def problem(self, node: ir.Node) -> Failure | None:
         """Why a node stays in float."""
         if not is_product(node):
             return QUIET
@@ -116,7 +101,7 @@ class GroupProducts(Rule):
         if len(weight) % self._options.group:
             return Failure(f"{len(weight)} input channels are no multiple of groups of {self._options.group}", (node,))
         rows = rows_of(node)
-        if rows is not None and rows <= _FEW_ROWS and weight.size < _FEWEST_WEIGHTS:
+        if rows is not None and rows <= _FEW_ROWS and weight.size < FEWEST_WEIGHTS:
             return Failure(f"{weight.size} weights are too few to pay", (node,))
         if rows is not None and rows > _FEW_ROWS and rows * weight.size < self._options.smallest:
             return Failure(f"{rows * weight.size} multiply-adds are too few to pay", (node,))
@@ -124,20 +109,17 @@ class GroupProducts(Rule):
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         read = grouped(match["x"], self._options.group, build)
-        values = []
-        for root in match.roots:
-            node = root.producer()
-            weight = None if node is None else constant(node.inputs[1])
-            assert node is not None and weight is not None and node.inputs[1] is not None
-            name = node.inputs[1].name or "weight"
+
+        def product(node: ir.Node) -> ir.Value:
+            value, weight = node.inputs[1], constant(node.inputs[1])
+            assert value is not None and weight is not None
+            name = value.name or "weight"
             codes, scale, zero = self._options.codes.get(name) or asymmetric_codes(weight)
             stored = build.constant(codes, f"{name}_uint8")
             scales, zeros = build.constant(scale, f"{name}_scale"), build.constant(zero, f"{name}_zero")
-            start = len(build.nodes)
-            values.append(build.op("MatMul", read, build.op("DequantizeLinear", stored, scales, zeros, axis=1)))
-            for made in build.nodes[start:]:
-                made.metadata_props[ORIGIN] = display_name(node)
-        return values
+            return build.op("MatMul", read, build.op("DequantizeLinear", stored, scales, zeros, axis=1))
+
+        return for_each_reader(match, build, product)
 
 
 def rows_of(node: ir.Node) -> int | None:
@@ -163,7 +145,7 @@ def widest_group(model: ir.Model) -> int:
     Products whose channels would make it smaller are left out, smallest weights first.
     """
     weights = [constant_tensor(node.inputs[1]) for node in model.graph.all_nodes() if is_product(node)]
-    sizes = [weight.shape.numpy() for weight in weights if weight is not None and weight.size >= _FEWEST_WEIGHTS]
+    sizes = [weight.shape.numpy() for weight in weights if weight is not None and weight.size >= FEWEST_WEIGHTS]
     group = 0
     for rows, _ in sorted(sizes, key=lambda size: -size[0] * size[1]):
         common = math.gcd(group, int(rows))

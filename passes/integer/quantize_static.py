@@ -20,8 +20,7 @@ weight alone is int8, and the sums are float:
 
     X W  ~  X D(Wq)         OpenVINO reads the bytes and scales in registers
 
-Products where the machine has dot-product instructions are in int8 with scales found at run time
-(`passes.integer.grouped_products`), of few rows too.
+Products can have scales found at run time instead, of few rows too (`passes.integer.grouped_products`).
 
 Legal: float32, a constant finite weight, an activation whose range was measured (which only "static" products and
 convolutions need).
@@ -42,7 +41,7 @@ not, which costs far less than a bit, since two large weights of one sign are se
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -51,7 +50,6 @@ import onnx_ir as ir
 
 from xform.errors import UsageError
 from xform.graph.values import (
-    ORIGIN,
     Array,
     attribute,
     attributes_of,
@@ -61,7 +59,15 @@ from xform.graph.values import (
     is_op,
     shape_of,
 )
-from xform.passes.integer.grouped_products import FINEST, GroupedCodes, GroupOptions, GroupProducts, rows_of
+from xform.passes.integer.grouped_products import (
+    FEWEST_WEIGHTS,
+    FINEST,
+    GroupedCodes,
+    GroupOptions,
+    GroupProducts,
+    rows_of,
+)
+from xform.passes.integer.shared_input import SharedInput, for_each_reader
 from xform.passes.integer.weight_codes import dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange, Ranges, load_ranges
 from xform.rewrite.builder import Builder
@@ -75,7 +81,6 @@ ProductForm = Literal["auto", "grouped", "static", "float"]
 _CODES = 255  # largest uint8
 _SUMMED_AT_ONCE = 4  # bytes, by the instructions of every integer kernel
 _ALL_BITS = 8  # of a weight that is not multiplied in integers: nothing saturates
-_FEWEST_WEIGHTS = 1 << 16  # from which on a weight alone in int8 pays
 
 
 def quantizable_inputs(model: ir.Model) -> list[ir.Value]:
@@ -157,7 +162,7 @@ class QuantizeWeight(Rule):
         assert weight is not None
         if display_name(node) in self._options.keep:
             return Failure("it would cost too much accuracy in int8", (node,))
-        if weight.size < _FEWEST_WEIGHTS:
+        if weight.size < FEWEST_WEIGHTS:
             return Failure(f"{weight.size} weights are too few to pay", (node,))
         return None
 
@@ -168,7 +173,7 @@ class QuantizeWeight(Rule):
         return build.op("MatMul", x, _dequantized(value, weight, 1, 0, _ALL_BITS, build))
 
 
-class QuantizeReaders(Rule):
+class QuantizeReaders(SharedInput):
     """One activation, and all convolutions and products that read it."""
 
     name = "static"
@@ -184,22 +189,7 @@ class QuantizeReaders(Rule):
     def anchors(self) -> frozenset[Key] | None:
         return frozenset((("", "Conv"), ("", "MatMul")))
 
-    def reach(self) -> int:
-        return 1
-
-    def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
-        failure = self._problem(node)
-        if failure is not None:
-            yield failure
-            return
-        x = node.inputs[0]
-        assert x is not None
-        alike = dict.fromkeys(n for n, at in x.uses() if at == 0 and n.graph is node.graph and n is not node)
-        readers = [node, *(other for other in alike if self._problem(other) is None)]
-        nodes: dict[Hashable, ir.Node] = dict(enumerate(readers))
-        yield Match(values={"x": x}, nodes=nodes, roots=tuple(reader.outputs[0] for reader in readers))
-
-    def _problem(self, node: ir.Node) -> Failure | None:
+    def problem(self, node: ir.Node) -> Failure | None:
         """Why a node stays in float."""
         failure = _operands(node)
         if failure is not None:
@@ -240,15 +230,7 @@ class QuantizeReaders(Rule):
         scale, zero = activation_codes(self._ranges[name])
         s, z = build.constant(scale, f"{name}_scale"), build.constant(zero, f"{name}_zero")
         read = build.op("DequantizeLinear", build.op("QuantizeLinear", x, s, z), s, z)
-        values = []
-        for root in match.roots:
-            node = root.producer()
-            assert node is not None
-            start = len(build.nodes)
-            values.append(self._product(node, read, build))
-            for made in build.nodes[start:]:
-                made.metadata_props[ORIGIN] = display_name(node)
-        return values
+        return for_each_reader(match, build, lambda node: self._product(node, read, build))
 
     def _product(self, node: ir.Node, x: ir.Value, build: Builder) -> ir.Value:
         value, weight = node.inputs[1], constant(node.inputs[1])
@@ -280,8 +262,8 @@ class QuantizeStatic(RewritePass):
             "static" (scales from calibration), "float" but for those of few rows, or "auto": "grouped" where this
             machine has dot-product instructions, else "float".
         group: Input channels that share a scale in grouped products.
-        codes: Weights of grouped products in uint8 by name (`xform.pipeline.rounding.compensated_weights`); others
-            are rounded here.
+        codes: Weights of grouped products in uint8 by name (`xform.pipeline.rounding.compensated_grouped_weights`);
+            others are rounded here.
         smallest: Number of multiply-adds from which on a node pays.
         few_rows: Products of at most so many rows that are not grouped have int8 weights alone; 0 for none.
         max_error: Relative error of the outputs that the search for `keep` allows; a cosine of 0.999 is about 0.045.

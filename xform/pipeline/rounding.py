@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -63,7 +63,7 @@ def compensated_grouped_weights(model: ir.Model, batches: Sequence[Inputs]) -> d
     return {name: compensated_asymmetric_codes(array, gram) for name, array, gram in weights if array is not None}
 
 
-def _grams(model: ir.Model, batches: Sequence[Inputs]) -> list[tuple[ir.Value, list[ir.Value], Array]]:
+def _grams(model: ir.Model, batches: Sequence[Inputs]) -> Iterator[tuple[ir.Value, list[ir.Value], Array]]:
     """Finite weights of products, what they multiply, and X^T X / M [K, K] over all rows of that."""
     read = {weight: values for weight in model.graph.initializers.values() if (values := _activations(weight))}
     values = list(dict.fromkeys(value for found in read.values() for value in found))
@@ -74,12 +74,10 @@ def _grams(model: ir.Model, batches: Sequence[Inputs]) -> list[tuple[ir.Value, l
             x = np.reshape(array, (-1, np.shape(array)[-1])).astype(np.float64)
             grams[value] = grams[value] + x.T @ x if value in grams else x.T @ x
             rows[value] += len(x)
-    result = []
     for weight, found in read.items():
         array, count = constant(weight), sum(rows[value] for value in found)
         if array is not None and count and np.isfinite(array).all():
-            result.append((weight, found, np.sum([grams[value] for value in found], axis=0) / count))
-    return result
+            yield weight, found, np.sum([grams[value] for value in found], axis=0) / count
 
 
 def _activations(weight: ir.Value) -> list[ir.Value]:
