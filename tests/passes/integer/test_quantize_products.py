@@ -8,7 +8,8 @@ import pytest
 from support import applied, apply, missed, ops, parse, run
 
 from xform.errors import UsageError
-from xform.passes.integer import QuantizeProducts
+from xform.passes.integer import QuantizeProducts, QuantizeStatic
+from xform.passes.integer import weight_codes as codes_module
 from xform.passes.integer.quantize_products import outliers
 from xform.passes.integer.weight_codes import compensated_codes, dot_product_instructions, weight_codes
 from xform.passes.normalize.ranges import ChannelRange
@@ -24,6 +25,19 @@ def quantized(weight: np.ndarray = W, **options: object) -> ir.Model:
     model = parse(GRAPH, {"w": weight})
     apply(model, QuantizeProducts(**options))  # type: ignore[arg-type]
     return model
+
+
+@pytest.mark.parametrize(("instructions", "bound"), [(True, 0.018), (False, 0.025)])
+@pytest.mark.parametrize("quantizer", [QuantizeProducts, QuantizeStatic])
+def test_the_bound_is_stricter_where_int8_gains_more(
+    quantizer: type[QuantizeProducts | QuantizeStatic],
+    instructions: bool,
+    bound: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codes_module, "dot_product_instructions", lambda: instructions)
+    assert quantizer().max_error == bound
+    assert quantizer(max_error=0.1).max_error == 0.1
 
 
 def test_a_product_becomes_integer_and_stays_close() -> None:
