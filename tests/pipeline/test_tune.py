@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from xform.backends import LowerOptions, get_backend
 from xform.errors import TargetError, UsageError
 from xform.pipeline import tune
 from xform.report import latency_worker
+from xform.report.environment import Environment
 from xform.report.latency import Deployed, Timing
 from xform.target import Target
 
@@ -225,6 +228,24 @@ def test_weights_do_not_matter_for_what_is_remembered_but_sizes_do(monkeypatch: 
         return tune.choose(found, CPU, {"x": np.ones((rows, 4), np.float32)}, "quick")[2].key
 
     assert key(1.0, 2) == key(5.0, 2) != key(1.0, 3)
+
+
+def test_another_state_of_the_code_or_of_a_runtime_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide(monkeypatch, Clock([1.0, 2.0]))
+    monkeypatch.setattr(tune, "code_fingerprint", lambda: "another lowering")
+    assert not decide(monkeypatch, Clock([1.0, 2.0])).remembered
+    here = Environment.here()
+    for package in ("onnxruntime", "openvino"):
+        other = replace(here, versions={**here.versions, package: "1999.1"})
+        monkeypatch.setattr(Environment, "here", staticmethod(lambda other=other: other))
+        assert not decide(monkeypatch, Clock([1.0, 2.0])).remembered
+        assert decide(monkeypatch, Clock([1.0, 2.0])).remembered
+
+
+def test_the_environment_tells_the_version_of_every_runtime_that_is_installed() -> None:
+    here = Environment.here()
+    for package in tune._MEASURABLE:
+        assert (package in here.versions) == (find_spec(package) is not None)
 
 
 def test_a_damaged_memory_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from report_sample import make_report
 
-from xform.report.environment import Environment, installed, processor
+from xform.report.environment import Environment, code_fingerprint, installed, processor
 from xform.report.schema import SCHEMA, LatencyReport, PassReport, Report, Size, VerificationReport, plain
 from xform.rewrite.remarks import Remark
 
@@ -66,6 +67,23 @@ def test_environment_is_of_this_process() -> None:
     assert here.cores >= 1
     assert here.versions["torch"] and here.versions["onnxruntime"]
     assert installed(("no-such-package",)) == {}
+
+
+def test_code_fingerprint_tells_states_of_the_sources_apart(tmp_path: Path) -> None:
+    def of(name: str, sources: dict[str, str]) -> str:
+        for path, text in sources.items():
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return code_fingerprint(tmp_path / name)
+
+    first = of("first", {"a.py": "1", "b/c.py": "2"})
+    assert first == of("same", {"a.py": "1", "b/c.py": "2", "b/c.pyc": "3"})
+    assert len({first, of("text", {"a.py": "1", "b/c.py": "4"}), of("name", {"a.py": "1", "b/d.py": "2"})}) == 3
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.py").write_text("1")
+    (tmp_path / "linked" / "b").symlink_to(tmp_path / "first" / "b")
+    assert code_fingerprint(tmp_path / "linked") == first  # as a checkout has it
 
 
 def test_processor_reads_features(tmp_path) -> None:

@@ -4,8 +4,8 @@ Each candidate is lowered, saved, and run in a process of its own with the setti
 and are compared round by round (`xform.report.latency`), but for those that took several times as long as the fastest
 when each was tried alone; those that come near the fastest meet once more, in more rounds. The model as it came is
 always among them: if nothing is faster, it is what the user gets. A decision is remembered by what the graphs are
-(without the numbers in their weights), the machine, the versions of the runtimes and the sizes of the inputs, so that
-the same call decides the same without a clock.
+(without the numbers in their weights), the machine, the versions of the runtimes, the state of xform's own code and the
+sizes of the inputs, so that the same call decides the same without a clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xform.backends import BACKENDS, Artifact, Backend, LowerOptions
 from xform.errors import TargetError, XformError
 from xform.graph.atomic import write_bytes
 from xform.graph.fingerprint import fingerprint
-from xform.report.environment import Environment
+from xform.report.environment import Environment, code_fingerprint
 from xform.report.latency import Deployed, Timing, measure
 from xform.target import Target
 
@@ -44,7 +44,7 @@ _SECONDS = {"quick": 0.15, "full": 0.25}  # of one candidate in one round: many 
 _NEAR = 0.9  # of the best speedup: what is faster than that may be the fastest in truth
 _HOPELESS = 2.5  # times as long as the fastest, each alone: not worth a heat
 _SAME = 1.01  # a speedup below it is noise: between equals the first one stays
-_FORMAT = 3  # of a remembered decision
+_FORMAT = 4  # of a remembered decision
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,8 @@ def _key(competing: Sequence[Candidate], target: Target, feeds: Mapping[str, Any
         "sizes": {name: list(np.shape(array)) for name, array in feeds.items()},
         "mode": mode,
         "machine": [here.system, here.processor, here.cores, list(here.cpu_features)],
-        "versions": {name: here.versions.get(name) for name in ("xform", *_MEASURABLE)},
+        "versions": {name: here.versions.get(name) for name in _MEASURABLE},
+        "code": code_fingerprint(),  # the lowering decides what competes
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ PACKAGES = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "openvino",
     "numpy",
     "transformers",
     "triton",
@@ -81,6 +83,23 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@cache  # some twenty milliseconds
+def code_fingerprint(package: Path = Path(__file__).parents[1]) -> str:
+    """32 hexadecimal digits of all Python sources in a folder, by default of xform itself.
+
+    A version names a release; this also tells the states of a working tree apart.
+    """
+    digest = hashlib.sha256()
+    for folder, inner, names in os.walk(package, followlinks=True):  # parts of xform are links in a checkout
+        inner.sort()
+        for name in sorted(names):
+            if name.endswith(".py"):
+                source = Path(folder, name)
+                for part in (str(source.relative_to(package)).encode(), source.read_bytes()):
+                    digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
 
 
 def usable_cores() -> int:
