@@ -13,12 +13,14 @@ between CUDA events after warm-up (median of 50 calls). Their outputs are compar
 Kernels: bytes that have to be moved over the time taken, as a share of what a copy of as many bytes reaches.
 
 A GPU is often lent for minutes, so there are two sweeps over all rows, the contenders without autotuning first; a line
-is added to --out after each contender; --resume skips what an earlier file has; and after --limit seconds whatever runs
-is stopped and the figures of what there is are printed. --rehearse needs no GPU: small models on the CPU take the same
-way, kernels in Triton's interpreter, and each is lowered for `cuda` too.
+is added to --out after each contender; --resume skips what an earlier file has and tries again last what failed in it;
+a contender that takes five minutes is stopped, and after --limit seconds whatever runs, and the figures of what there
+is are printed. --rehearse needs no GPU: small models on the CPU take the same way, kernels in Triton's interpreter, and
+each is lowered for `cuda` too.
 
-Figures of the last line: `gpu`, `versions`, `geomean_vs_best_peer` (fastest peer / xform, over ViT to Llama), `table`
-{row: {contender: seconds.., "ratio": best peer / xform}}, `kernels` {name: share of copy bandwidth}, `missing` rows.
+Figures of the last line: `gpu`, `versions`, `geomean_vs_best_peer` (fastest peer / xform, over those of ViT to Llama
+whose peers were all tried, `geomean_rows` of them), `table` {row: {contender: seconds.., "ratio": best peer / xform}}
+(a "ratio_so_far" where a peer was not tried yet), `kernels` {name: share of copy bandwidth}, `missing` rows.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ OURS = ("xform-off", "xform-inductor", "xform-max-autotune")
 SWEEPS = (("eager", "xform-off", "compile", "xform-inductor"), ("compile-max-autotune", "xform-max-autotune"))
 REHEARSED = (("eager", "xform-off", "lowered"),)
 MAIN = ("vit_b", "deit_s", "bert_base", "llama_1b")
-LONGEST = 1200.0  # seconds for one row in one sweep
+PATIENCE = 300.0  # seconds for one contender
 PACKAGES = ("torch", "triton", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "networkx", "timm", "transformers")
 WORKER = Path(__file__).with_name("gpu_worker.py")
 
@@ -50,12 +52,11 @@ Results = dict[str, dict[str, Any]]  # row -> contender -> what was measured
 
 
 def load(path: Path | None) -> Results:
-    """What an earlier run measured; failures are tried again."""
+    """What an earlier run measured; failures are marked "earlier", and are tried again."""
     found: Results = {}
     if path is not None and path.exists():
         for line in map(json.loads, path.read_text().splitlines()):
-            if "failed" not in line:
-                found.setdefault(line["row"], {})[line["kind"]] = line
+            found.setdefault(line["row"], {})[line["kind"]] = line | ({"earlier": True} if "failed" in line else {})
     return found
 
 
@@ -69,7 +70,7 @@ def save(results: Results, path: Path | None) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def worker_lines(row: str, kinds: list[str], small: bool, seconds: float) -> Iterator[dict[str, Any]]:
+def worker_lines(row: str, kinds: list[str], small: bool, deadline: float) -> Iterator[dict[str, Any]]:
     """What the worker prints, as it comes; a last line says what stopped it, if anything did."""
     command = [sys.executable, "-W", "ignore", str(WORKER), row, *kinds, *(["--small"] if small else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -78,38 +79,58 @@ def worker_lines(row: str, kinds: list[str], small: bool, seconds: float) -> Ite
         stderr = process.stderr
         listener = threading.Thread(target=lambda: told.extend(stderr), daemon=True)
         listener.start()
-        timer = threading.Timer(max(seconds, 0.0), process.kill)
-        timer.start()
-        begin = time.monotonic()
+        late: list[float] = []
+
+        def waiting() -> threading.Timer:
+            seconds = max(min(PATIENCE, deadline - time.monotonic()), 0.0)
+            timer = threading.Timer(seconds, lambda: (late.append(seconds), process.kill()))
+            timer.start()
+            return timer
+
+        timer = waiting()
         for line in process.stdout:
             if line.startswith("{"):
+                timer.cancel()
                 yield json.loads(line)
+                timer = waiting()
         code = process.wait()
         timer.cancel()
         listener.join(1.0)
     if code != 0:
-        late = time.monotonic() - begin >= seconds
-        yield {"stopped": f"after {seconds:.0f} s" if late else (told or [f"exit code {code}"])[-1].strip()[:300]}
+        yield {"stopped": f"after {late[0]:.0f} s" if late else (told or [f"exit code {code}"])[-1].strip()[:300]}
 
 
 def measure(rows: list[str], sweeps: Any, results: Results, out: Path | None, deadline: float, small: bool) -> None:
-    """Fill in what is missing, one row at a time."""
-    for sweep in sweeps:
-        for row in rows:
-            done = results.setdefault(row, {})
-            waiting = [kind for kind in (("bandwidth",) if row == "kernels" else sweep) if kind not in done]
-            while waiting and time.monotonic() < deadline:
-                seconds = min(LONGEST, deadline - time.monotonic())
-                for line in worker_lines(row, waiting, small, seconds):
-                    stopped = line.pop("stopped", None)
-                    if stopped is not None and not waiting:
-                        break
-                    if stopped is not None:
-                        line = {"kind": waiting[0], "failed": stopped}
-                    done[line["kind"]] = {"row": row, **line}
-                    waiting.remove(line["kind"])
-                    save(results, out)
-                    print(json.dumps(done[line["kind"]]), file=sys.stderr, flush=True)
+    """Fill in what is missing, one row at a time; what failed in an earlier run comes last."""
+    for again in (False, True):
+        for sweep in sweeps:
+            for row in rows:
+                done = results.setdefault(row, {})
+                kinds = ("bandwidth",) if row == "kernels" else sweep
+                waiting = [k for k in kinds if (done.get(k, {}).get("earlier") if again else k not in done)]
+                while waiting and time.monotonic() < deadline:
+                    _measure_row(row, waiting, results, out, deadline, small)
+
+
+def _measure_row(
+    row: str, waiting: list[str], results: Results, out: Path | None, deadline: float, small: bool
+) -> None:
+    """Run one worker; what is done, or has failed, is taken out of `waiting`."""
+    begun = False
+    for line in worker_lines(row, list(waiting), small, deadline):
+        if "begun" in line:
+            begun = True
+            continue
+        if "stopped" in line and not waiting:
+            break
+        lines = [line]
+        if "stopped" in line:  # one contender, or before the first of them all
+            lines = [{"kind": kind, "failed": line["stopped"]} for kind in (waiting[:1] if begun else waiting)]
+        for one in lines:
+            results[row][one["kind"]] = {"row": row, **one}
+            waiting.remove(one["kind"])
+            print(json.dumps(results[row][one["kind"]]), file=sys.stderr, flush=True)
+        save(results, out)
 
 
 def best(row: dict[str, Any], kinds: tuple[str, ...]) -> float:
@@ -126,8 +147,9 @@ def figures(results: Results, rows: list[str], sweeps: Any) -> dict[str, Any]:
             continue
         table[row] = {kind: {k: v for k, v in line.items() if k not in ("row", "kind")} for kind, line in found.items()}
         peer, ours = best(found, PEERS), best(found, OURS)
-        table[row]["ratio"] = peer / ours if math.inf not in (peer, ours) else None
-    ratios = [row["ratio"] for name, row in table.items() if name.split("/")[0] in MAIN and row["ratio"]]
+        tried = all(kind in found for sweep in sweeps for kind in sweep if kind in PEERS)
+        table[row]["ratio" if tried else "ratio_so_far"] = peer / ours if math.inf not in (peer, ours) else None
+    ratios = [row["ratio"] for name, row in table.items() if name.split("/")[0] in MAIN and row.get("ratio")]
     wanted = {row: ("bandwidth",) if row == "kernels" else sum(sweeps, ()) for row in rows}
     missing = {
         row: [k for k in kinds if "failed" in results.get(row, {}).get(k, {"failed": 1})]
@@ -135,6 +157,7 @@ def figures(results: Results, rows: list[str], sweeps: Any) -> dict[str, Any]:
     }
     return {
         "geomean_vs_best_peer": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
+        "geomean_rows": len(ratios),
         "table": table,
         "kernels": results.get("kernels", {}).get("bandwidth", {}).get("shares", {}),
         "missing": {row: kinds for row, kinds in missing.items() if kinds},

@@ -2,13 +2,15 @@
 
 A lowered module is run once on real inputs. Every call of a kernel is timed there against its naive twin, which
 torch runs with its own kernels, and the call becomes one of the naive twin where that is as fast. What was found is
-remembered in a file by device, kernel, and the shapes, dtypes and strides of the arguments, so a model is measured
-once on a machine. Triton's choice among the configurations of a kernel (kernels/tuning.py) comes before: it is made by
-the first of the timed calls.
+remembered in a file by device, versions, way of timing, kernel, and the shapes, dtypes and strides of the arguments, so
+a model is measured once on a machine. A module that is recorded as a CUDA graph has its calls timed in such a graph
+too: outside of one, launching a small kernel from Python takes longer than the kernel. Triton's choice among the
+configurations of a kernel (kernels/tuning.py) comes before: it is made by the first of the timed calls.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -40,7 +42,7 @@ def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -
 
     Args:
         inputs: In the order of the graph.
-        timer: Seconds of one call; CUDA events by default.
+        timer: Seconds of one call: `recorded_seconds` where the module is, `cuda_seconds` by default.
 
     Returns:
         A line for each kind of call: kernel, concept, shapes, nodes (of each call), seconds of both, the configurations
@@ -59,6 +61,15 @@ def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -
     return list(chooser.lines.values())
 
 
+def torch_alone(module: GraphModule) -> GraphModule:
+    """The module with torch in place of all Triton kernels, parameters shared: what a compiler can fuse by itself."""
+    graph = copy.deepcopy(module.graph)
+    twins = {_overload(kernel.op): kernel.naive for kernel in kernels().values() if kernel.tuner is not None}
+    for node in graph.nodes:
+        node.target = twins.get(node.target, node.target) if node.op == "call_function" else node.target
+    return GraphModule(module, graph)
+
+
 class _Chooser(Interpreter):
     """Runs a module and decides about each call of a kernel."""
 
@@ -70,6 +81,10 @@ class _Chooser(Interpreter):
         self.replaced: list[Node] = []
         self.lines: dict[str, dict[str, Any]] = {}
         self.measured = False
+        import triton
+
+        how = getattr(timer, "__name__", type(timer).__name__)
+        self.circumstances = f"torch {torch.__version__}, triton {triton.__version__}, {how}"
 
     def run_node(self, n: Node) -> Any:
         """Time the call if it is one of a kernel, then run it."""
@@ -81,22 +96,31 @@ class _Chooser(Interpreter):
         return super().run_node(n)
 
     def _keep(self, kernel: Kernel, arguments: tuple[Any, ...], finding: Finding) -> bool:
-        key = f"{_device(arguments)} {kernel.name} {' '.join(map(_describe, arguments))}"
-        if key not in self.decisions:
-            from xform.backends.torch_triton.kernels.tuning import choices
+        key = f"{_device(arguments)}, {self.circumstances}: {kernel.name} {' '.join(map(_describe, arguments))}"
+        if key not in self.lines:
+            found = self.decisions.get(key) or self._compare(kernel, arguments)
+            if "failed" not in found and key not in self.decisions:
+                self.decisions[key], self.measured = found, True
+            shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
+            start = {"kernel": kernel.name, "concept": finding.concept, "shapes": shapes, "nodes": []}
+            self.lines[key] = {**start, **found}
+        self.lines[key]["nodes"].append(list(finding.nodes))
+        return bool(self.lines[key]["keep"])
 
-            self.measured = True
-            ours, torchs = (self.timer(function, arguments) for function in (kernel.op, kernel.naive))
-            self.decisions[key] = {
-                "kernel_seconds": ours, "torch_seconds": torchs, "keep": torchs >= ours * _GAIN,
-                "configurations": choices(kernel.tuner),
-            }  # fmt: skip
-        found = self.decisions[key]
-        shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
-        start = {"kernel": kernel.name, "concept": finding.concept, "shapes": shapes, "nodes": [], **found}
-        line = self.lines.setdefault(key, start)
-        line["nodes"].append(list(finding.nodes))
-        return bool(found["keep"])
+    def _compare(self, kernel: Kernel, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        from triton.errors import TritonError
+
+        from xform.backends.torch_triton.kernels.tuning import choices
+
+        torchs = self.timer(kernel.naive, arguments)
+        try:
+            ours = self.timer(kernel.op, arguments)
+        except TritonError as error:  # it does not compile for this device, or needs more memory than that has
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return {"kernel_seconds": None, "torch_seconds": torchs, "keep": False, "failed": reason}
+        keep = torchs >= ours * _GAIN
+        configurations = choices(kernel.tuner)
+        return {"kernel_seconds": ours, "torch_seconds": torchs, "keep": keep, "configurations": configurations}
 
 
 def settled(found: list[Finding], *, runs_here: bool) -> list[Choice]:
@@ -119,6 +143,8 @@ def as_choices(lines: list[dict[str, Any]]) -> list[Choice]:
 
 
 def _compared(line: dict[str, Any]) -> str:
+    if "failed" in line:
+        return f"the kernel does not run on this device, torch is kept: {line['failed']}"
     ours, torchs = (f"{1e6 * line[key]:.1f} us" for key in ("kernel_seconds", "torch_seconds"))
     shapes = ", ".join("x".join(map(str, shape)) for shape in line["shapes"])
     gain = "" if line["keep"] else ", which gains nothing: torch is kept"
@@ -153,6 +179,13 @@ def cuda_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> fl
         end.synchronize()
         found.append(float(start.elapsed_time(end)) / 1e3)
     return sorted(found)[len(found) // 2]
+
+
+def recorded_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Seconds of one call, the median of several replays of a CUDA graph of many."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(lambda: function(*arguments), return_mode="median")) / 1e3
 
 
 def wall_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:

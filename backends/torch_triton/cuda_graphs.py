@@ -13,6 +13,7 @@ There is one recording for each combination of shapes, dtypes and strides; the l
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class Replayer:
             try:
                 replay, outputs = self._record(self._module, buffers)
             except RuntimeError as error:  # it waits for the device or allocates in a way that cannot be recorded
-                self.refused = str(error).splitlines()[0]
+                self.refused = _first_cause(error)
                 return tuple(self._module(*inputs))
             self._recordings[key] = (buffers, replay, outputs)
             while len(self._recordings) > _MAX_RECORDINGS:
@@ -72,15 +73,47 @@ def _buffer(value: Any) -> Any:
     return torch.clone(value, memory_format=torch.preserve_format) if isinstance(value, torch.Tensor) else value
 
 
+def _first_cause(error: BaseException) -> str:
+    """What began it: closing a capture that was spoilt raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def record_cuda_graph(module: Module, buffers: Sequence[Any]) -> tuple[Callable[[], None], Sequence[Any]]:
-    """Record a call on the current device, after a few calls on a stream of its own that warm up libraries."""
+    """Record a call on the current device, after a few calls on a stream of its own that warm up libraries.
+
+    Raises:
+        RuntimeError: The module waits for the device or does something else that cannot be recorded.
+    """
+    here = torch.cuda.current_stream()
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(here)
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):
             module(*buffers)
-    torch.cuda.current_stream().wait_stream(stream)
+        _run_without_waiting(module, buffers)
+    here.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = module(*buffers)
+    try:
+        with torch.cuda.graph(graph):
+            outputs = module(*buffers)
+    finally:
+        torch.cuda.set_stream(here)  # where a capture fails, torch leaves its stream the current one
     return graph.replay, outputs
+
+
+def _run_without_waiting(module: Module, buffers: Sequence[Any]) -> None:
+    """Run it where waiting for the device is an error: found here it spoils nothing, in a capture it would."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        module(*buffers)
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not know all operations that wait; the capture knows the rest
+        torch.cuda.set_sync_debug_mode(mode)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from xform.backends.base import check_names
-from xform.backends.torch_triton.choose import as_choices, choose
+from xform.backends.torch_triton.choose import as_choices, choose, cuda_seconds, recorded_seconds, torch_alone
 from xform.backends.torch_triton.cuda_graphs import Replayer
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
 from xform.backends.torch_triton.lower.parameters import array_of, torch_of
@@ -71,7 +71,7 @@ class TorchRunner:
     def _chosen(self, tensors: list[Any]) -> Callable[..., Any]:
         """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
         if self._device.type == "cuda":
-            measured = choose(self._module, tensors)
+            measured = choose(self._module, tensors, recorded_seconds if self._is_static() else cuda_seconds)
             self._artifact.metadata["kernels"] = measured
             self._artifact.choices += as_choices(measured)
         recorded = self._device.type == "cuda" and self._is_static()
@@ -81,7 +81,8 @@ class TorchRunner:
             return plain
         # CUDA graphs are recorded here, not by torch.compile: its outputs are overwritten by the next call
         options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if mode == "max-autotune" else {}
-        compiled = torch.compile(self._module, dynamic=None if self._is_static() else True, **options)
+        # it fuses norms, activations and gates itself, and could not fuse anything with a kernel that is there already
+        compiled = torch.compile(torch_alone(self._module), dynamic=None if self._is_static() else True, **options)
         compiled = Replayer(compiled) if recorded else compiled
         contenders = {"off": plain, mode: compiled}
         seconds = {name: _seconds(call, tensors, self._device) for name, call in contenders.items()}

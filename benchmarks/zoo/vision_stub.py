@@ -18,7 +18,11 @@ _SCHEMAS = (
 
 # The registration lives as long as this object does.
 library: torch.library.Library | None = None
-if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
+if (
+    torch.version.cuda is None  # beside a CUDA build the library loads, and declares them itself
+    and importlib.util.find_spec("torchvision") is not None
+    and not hasattr(torch.ops.torchvision, "nms")
+):
     library = torch.library.Library("torchvision", "FRAGMENT")
     for _schema in _SCHEMAS:
         library.define(_schema)

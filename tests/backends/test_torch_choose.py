@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from support import floats, parse
 
-from xform.backends.torch_triton.choose import as_choices, cache_file, choose, settled, wall_seconds
+from xform.backends.torch_triton.choose import as_choices, cache_file, choose, settled, torch_alone, wall_seconds
 from xform.backends.torch_triton.fuse import counts, fuse
 from xform.backends.torch_triton.kernels import kernels
 from xform.backends.torch_triton.lower import to_torch
@@ -81,6 +81,47 @@ def test_what_was_measured_is_said_about_each_place() -> None:
     assert (kept.rule, kept.applied, kept.concept) == ("residual_norm", True, "rms_norm") and len(kept.nodes) == 2
     assert (left.rule, left.applied, left.concept) == ("gated_unit", False, "silu")
     assert "gains nothing" in left.reason and "2x3x8" in left.reason and "gains" not in kept.reason
+
+
+def test_a_kernel_that_does_not_compile_leaves_torch_and_is_said() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    class Small(Clock):
+        def __call__(self, function: Any, arguments: tuple[Any, ...]) -> float:
+            if super().__call__(function, arguments) == 0.5:
+                raise OutOfResources(300000, 232448, "shared memory")
+            return 1.0
+
+    module, inputs = module_and_inputs()
+    lines = choose(module, inputs, Small("gated_unit"))
+    (failed,) = [line for line in lines if "failed" in line]
+    assert (failed["kernel"], failed["keep"]) == ("gated_unit", False) and "shared memory" in failed["failed"]
+    assert "ops.xform.gated_unit" not in module.code
+    (told,) = [choice for choice in as_choices(lines) if choice.rule == "gated_unit"]
+    assert not told.applied and "does not run" in told.reason and "shared memory" in told.reason
+    again, clock = module_and_inputs()[0], Clock("gated_unit")
+    choose(again, inputs, clock)
+    assert clock.calls > 0  # it may run with other versions
+
+
+def test_another_way_of_timing_is_another_decision() -> None:
+    def quick(function: Any, arguments: tuple[Any, ...]) -> float:
+        return 1.0
+
+    module, inputs = module_and_inputs()
+    choose(module, inputs, Clock("residual_norm"))
+    choose(module_and_inputs()[0], inputs, quick)
+    assert len(json.loads(cache_file().read_text())) == 4
+
+
+def test_a_compiler_gets_the_module_without_kernels() -> None:
+    module, inputs = module_and_inputs()
+    code = module.code
+    alone = torch_alone(module)
+    assert "ops.xform" not in alone.code and "ops.xform" in code == module.code
+    torch.testing.assert_close(alone(*inputs)[0], module(*inputs)[0])
+    shared = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+    assert shared == {name: tensor.data_ptr() for name, tensor in alone.state_dict().items()} != {}
 
 
 def test_uses_are_said_once() -> None:

@@ -7,6 +7,7 @@ import torch
 from support import floats, parse
 
 import xform
+from xform.backends.torch_triton.cuda_graphs import Replayer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")]
 
@@ -38,6 +39,36 @@ def test_outputs_of_replayed_graphs_belong_to_the_caller() -> None:
     fast(y)
     for name, value in first.items():
         assert torch.equal(kept[name], value)
+
+
+def test_what_waits_for_the_device_is_refused_and_spoils_nothing() -> None:
+    waits = Replayer(lambda x: (x * x.sum().item(),))
+    x = torch.ones(4, device="cuda")
+    here = torch.cuda.current_stream()
+    assert torch.equal(waits(x)[0], 4 * x) and waits.refused is not None and "synchron" in waits.refused
+    assert torch.cuda.current_stream() == here and torch.cuda.get_sync_debug_mode() == 0
+    records = Replayer(lambda x: (x * 2,))
+    assert torch.equal(records(x)[0], 2 * x) and records.refused is None
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_resizing_is_recorded(mode: str) -> None:
+    resize = f'Resize <mode = "{mode}"> (x, , , sizes)'
+    model = parse(
+        "g (float[1,3,8,8] x) => (float[1,3,16,16] y) <int64[4] sizes = {1, 3, 16, 16}> { y = " + resize + " }"
+    )
+    x = torch.from_numpy(floats(1, 3, 8, 8))
+    fast = xform.optimize(model, target="cuda")
+    torch.testing.assert_close(fast(x.cuda())["y"].cpu(), xform.optimize(model, target="cpu")(x)["y"])
+    assert fast.artifact.metadata["cuda_graph"] == "recorded"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
+def test_integer_products_stay_on_the_device(dtype: str) -> None:
+    model = parse(f"g ({dtype}[2,4] x, {dtype}[4,3] w) => ({dtype}[2,3] z) {{ y = MatMul(x, w) z = Add(y, y) }}")
+    x, w = (torch.randint(-9, 9, shape, dtype=getattr(torch, dtype)) for shape in ((2, 4), (4, 3)))
+    got = xform.optimize(model, target="cuda")(x.cuda(), w.cuda())["z"]
+    assert got.is_cuda and torch.equal(got.cpu(), 2 * (x.long() @ w.long()).to(x.dtype))
 
 
 def test_a_package_for_the_gpu(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -88,6 +88,15 @@ def test_rotary_reads_heads_of_a_packed_projection(
     both("rotary_qk", packed[:, :3], packed[:, 3:4], cos, sin, interleaved)
 
 
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (11, 9), (1, 17)])
+def test_rotary_turns_any_number_of_heads_and_leaves_them_behind_steps(heads: int, key_heads: int) -> None:
+    query, key = (random(2, 3, count, 10, dtype=torch.float32).transpose(1, 2) for count in (heads, key_heads))
+    cos, sin = (random(1, 3, 5, dtype=torch.float32) for _ in range(2))
+    both("rotary_qk", query, key, cos, sin, False)
+    for turned in torch.ops.xform.rotary_qk(query, key, cos, sin, False):
+        assert turned.transpose(1, 2).is_contiguous()  # so that merging the heads behind attention is a view
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_stream_is_the_sum(size: int) -> None:
     x, residual = random(2, size, dtype=torch.bfloat16), random(2, size, dtype=torch.bfloat16).flip(0)

@@ -7,18 +7,26 @@ import torch
 
 def integer_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """MatMul of integers, exact modulo the width of their type."""
-    if a.is_cuda:  # no integer products there; sums of outer products are exact and need no more memory than the result
-        a, b = a.cpu(), b.cpu()
-    return torch.matmul(a.to(torch.int64), b.to(torch.int64)).to(a.dtype)
+    return _exact(a, b).to(a.dtype)
 
 
 def integer_gemm(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, alpha: float, beta: float) -> torch.Tensor:
     """alpha a b + beta c of integers."""
-    product = torch.matmul(a.to(torch.int64), b.to(torch.int64))
+    product = _exact(a, b)
     result = product if alpha == 1 else product * alpha
     if c is not None:
         result = result + (c.to(torch.int64) if beta == 1 else c * beta)
     return result.to(a.dtype)
+
+
+def _exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product in int64."""
+    if not a.is_cuda:
+        return torch.matmul(a.to(torch.int64), b.to(torch.int64))
+    if a.dtype.itemsize == 1 and b.dtype.itemsize == 1:  # see matmul_integer
+        return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(torch.int64)
+    # torch has no products of wide integers on a GPU, and no float holds their sums
+    return torch.matmul(a.cpu().to(torch.int64), b.cpu().to(torch.int64)).to(a.device)
 
 
 def widened(x: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:

@@ -49,12 +49,12 @@ def resize(
         if size == want and factor == 1 and transformation != "tf_crop_and_resize":
             continue
         bounds = (0.0, 1.0) if roi is None else (roi[i], roi[i + len(axes)])
-        places = _places(size, want, factor, transformation, bounds)
+        places = _places(size, want, factor, transformation, bounds, x.device)
         weights = _weights(places, size, mode, rounding, cubic, exclude_outside, factor if antialias else 1.0)
-        matrix = weights.to(device=x.device, dtype=result.dtype)
+        matrix = weights.to(result.dtype)
         result = torch.movedim(torch.matmul(torch.movedim(result, axis, -1), matrix.T), -1, axis)
         if transformation == "tf_crop_and_resize":
-            inside = ((places >= 0) & (places <= size - 1)).to(x.device)
+            inside = (places >= 0) & (places <= size - 1)
             shape = [1] * x.ndim
             shape[axis] = want
             covered = inside.reshape(shape) if covered is None else covered & inside.reshape(shape)
@@ -75,9 +75,14 @@ def _from_sizes(now: Sequence[int], wanted: Sequence[int], policy: str) -> tuple
     return [math.floor(size * factor + 0.5) for size in now], [factor] * len(factors)
 
 
-def _places(size: int, want: int, factor: float, transformation: str, roi: tuple[float, float]) -> torch.Tensor:
-    """Where in the input each output place reads, float64 [want]."""
-    out = torch.arange(want, dtype=torch.float64)
+def _places(
+    size: int, want: int, factor: float, transformation: str, roi: tuple[float, float], device: torch.device
+) -> torch.Tensor:
+    """Where in the input each output place reads, float64 [want].
+
+    Computed on the device: a copy from the CPU would wait for it, and keep the module from being a CUDA graph.
+    """
+    out = torch.arange(want, dtype=torch.float64, device=device)
     match transformation:
         case "half_pixel":
             return (out + 0.5) / factor - 0.5
@@ -109,14 +114,14 @@ def _weights(
     stretch = min(shrink, 1.0)
     radius = (1.0 if mode == "linear" else 2.0) / stretch
     first = torch.floor(places - radius).to(torch.int64)
-    taps = first[:, None] + torch.arange(math.ceil(2 * radius) + 2)
+    taps = first[:, None] + torch.arange(math.ceil(2 * radius) + 2, device=places.device)
     distance = (taps - places[:, None]) * stretch
     weights = _triangle(distance) if mode == "linear" else _cubic(distance, cubic)
     if exclude_outside:
         weights = torch.where((taps >= 0) & (taps < size), weights, 0.0)
     if exclude_outside or stretch < 1:
         weights = weights / weights.sum(1, keepdim=True)
-    matrix = torch.zeros(len(places), size, dtype=torch.float64)
+    matrix = torch.zeros(len(places), size, dtype=torch.float64, device=places.device)
     return matrix.scatter_add(1, taps.clamp(0, size - 1), weights)
 
 

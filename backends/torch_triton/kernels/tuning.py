@@ -13,18 +13,25 @@ from typing import Any
 import torch
 import triton
 
+_MANY_ROWS = 2048  # some fifteen for each multiprocessor of a large GPU
+
 
 def tuned(configurations: Sequence[triton.Config], *, key: Sequence[str]) -> Callable[[Any], Any]:
     """Decorates a `triton.jit` function.
 
     Args:
         configurations: The first is the default.
-        key: Arguments of the kernel on which the choice depends, beside the dtypes of its tensors. A number of rows is
-            none of them, so a dynamic batch is not measured anew.
+        key: Arguments of the kernel on which the choice depends, beside the dtypes of its tensors. Of the number of
+            rows only whether they are `many`, so that a dynamic batch is measured twice at most.
     """
     measured = torch.cuda.is_available() and not triton.knobs.runtime.interpret
     chosen = list(configurations) if measured else list(configurations[:1])
     return triton.autotune(configs=chosen, key=list(key), cache_results=measured)
+
+
+def many(rows: Any) -> bool:
+    """Whether so many rows fill a GPU, where throughput counts and not latency; a size that is not known does not."""
+    return isinstance(rows, int) and rows >= _MANY_ROWS
 
 
 def by_element() -> tuple[triton.Config, ...]:

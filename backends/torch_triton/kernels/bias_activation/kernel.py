@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.bias_activation import naive
-from xform.backends.torch_triton.kernels.tuning import by_element, tuned
+from xform.backends.torch_triton.kernels.tuning import by_element, many, tuned
 
 KINDS = ("gelu", "gelu_tanh", "silu")
 CONFIGURATIONS = by_element()
@@ -31,11 +31,12 @@ def activate(v, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return v * tl.sigmoid(v)
 
 
-@tuned(CONFIGURATIONS, key=("columns", "KIND"))
+@tuned(CONFIGURATIONS, key=("columns", "KIND", "MANY"))
 @triton.jit
 def _bias_activation(  # type: ignore[no-untyped-def]
-    x, bias, result, x_stride, columns, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, bias, result, x_stride, columns,
+    KIND: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < columns
@@ -53,7 +54,7 @@ def bias_activation(x: torch.Tensor, bias: torch.Tensor, kind: str) -> torch.Ten
     rows, columns = common.rows_of(x), x.shape[-1]
     result = common.empty(x.shape, x)
     wrap_triton(_bias_activation)[lambda chosen: (rows.shape[0], triton.cdiv(columns, chosen["BLOCK"]))](
-        rows, bias, result, rows.stride(0), columns, KIND=KINDS.index(kind),
+        rows, bias, result, rows.stride(0), columns, KIND=KINDS.index(kind), MANY=many(rows.shape[0]),
         WIDE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )  # fmt: skip
     return result

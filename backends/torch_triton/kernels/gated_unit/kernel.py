@@ -16,16 +16,17 @@ from torch.library import triton_op, wrap_triton
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.bias_activation.kernel import KINDS, activate
 from xform.backends.torch_triton.kernels.gated_unit import naive
-from xform.backends.torch_triton.kernels.tuning import by_element, tuned
+from xform.backends.torch_triton.kernels.tuning import by_element, many, tuned
 
 CONFIGURATIONS = by_element()
 
 
-@tuned(CONFIGURATIONS, key=("columns", "KIND"))
+@tuned(CONFIGURATIONS, key=("columns", "KIND", "MANY"))
 @triton.jit
 def _gated_unit(  # type: ignore[no-untyped-def]
-    gate, up, result, gate_stride, up_stride, columns, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate, up, result, gate_stride, up_stride, columns,
+    KIND: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < columns
@@ -43,7 +44,7 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
     a, b, columns = common.rows_of(gate), common.rows_of(up), gate.shape[-1]
     result = common.empty(gate.shape, gate)
     wrap_triton(_gated_unit)[lambda chosen: (a.shape[0], triton.cdiv(columns, chosen["BLOCK"]))](
-        a, b, result, a.stride(0), b.stride(0), columns, KIND=KINDS.index(kind),
+        a, b, result, a.stride(0), b.stride(0), columns, KIND=KINDS.index(kind), MANY=many(a.shape[0]),
         WIDE=tl.float64 if gate.dtype is torch.float64 else tl.float32,
     )  # fmt: skip
     return result

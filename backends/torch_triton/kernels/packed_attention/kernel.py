@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         options: dict[str, Any] = {} if scale is None else {"scale": scale}
-        if query.shape[1] != key.shape[1]:  # torch 2.11 has no such argument
-            options["enable_gqa"] = True
+        if query.shape[1] != key.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
+            options["enable_gqa"] = True  # before torch 2.12 shared key heads are taken without it
         if is_causal:
             options["window_size"] = (-1, 0)
         found = varlen_attn(query, key, value, starts, starts, longest, longest, **options)

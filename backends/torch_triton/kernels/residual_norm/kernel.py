@@ -14,17 +14,17 @@ from torch.library import triton_op, wrap_triton
 
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.residual_norm import naive
-from xform.backends.torch_triton.kernels.tuning import tuned
+from xform.backends.torch_triton.kernels.tuning import many, tuned
 
 # a row is one block; what there is to choose is how many threads share it
 CONFIGURATIONS = tuple(triton.Config({}, num_warps=warps) for warps in (4, 1, 2, 8, 16))
 
 
-@tuned(CONFIGURATIONS, key=("columns", "IS_RMS"))
+@tuned(CONFIGURATIONS, key=("columns", "IS_RMS", "MANY"))
 @triton.jit
 def _residual_norm(  # type: ignore[no-untyped-def]
     x, residual, weight, bias, result, total, x_stride, residual_stride, columns, epsilon,
-    IS_RMS: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    IS_RMS: tl.constexpr, HAS_BIAS: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -62,8 +62,8 @@ def residual_norm(
     result, total = common.empty(x.shape, x), common.empty(x.shape, x)
     wrap_triton(_residual_norm)[(a.shape[0],)](
         a, b, weight, weight if bias is None else bias, result, total, a.stride(0), b.stride(0), columns, epsilon,
-        IS_RMS=is_rms, HAS_BIAS=bias is not None, WIDE=tl.float64 if x.dtype is torch.float64 else tl.float32,
-        BLOCK=triton.next_power_of_2(columns),
+        IS_RMS=is_rms, HAS_BIAS=bias is not None, MANY=many(a.shape[0]),
+        WIDE=tl.float64 if x.dtype is torch.float64 else tl.float32, BLOCK=triton.next_power_of_2(columns),
     )  # fmt: skip
     return result, total
 

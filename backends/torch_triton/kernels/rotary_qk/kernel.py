@@ -15,74 +15,88 @@ from xform.backends.torch_triton.functions.attention import rotary
 from xform.backends.torch_triton.functions.sizes import expand
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.rotary_qk import naive
-from xform.backends.torch_triton.kernels.tuning import tuned
+from xform.backends.torch_triton.kernels.tuning import many, tuned
 
-# one program turns one head of one token, which is little work for many threads
-CONFIGURATIONS = tuple(triton.Config({}, num_warps=warps) for warps in (1, 2, 4))
+# one program turns some heads of one token: a single head is little work, and all of them share the tables
+CONFIGURATIONS = tuple(
+    triton.Config({"HEADS": heads}, num_warps=warps) for heads, warps in ((8, 4), (1, 1), (4, 2), (16, 4), (32, 8))
+)
 
 
 @triton.jit
 def _turn(  # type: ignore[no-untyped-def]
-    source, result, cos, sin, head_size, turned, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    s3,
+    source, result, cos, sin, begin, heads, head_size, turned, s1, s3,
+    INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.arange(0, BLOCK)
+    head = begin + tl.arange(0, HEADS).to(tl.int64)[:, None]
+    pair = tl.arange(0, BLOCK)[None, :]
     half = turned // 2
     live = pair < half
+    inside = live & (head < heads)
     first = pair * 2 if INTERLEAVED else pair
     second = first + 1 if INTERLEAVED else pair + half
     c = tl.load(cos + pair, mask=live, other=0.0).to(WIDE)
     s = tl.load(sin + pair, mask=live, other=0.0).to(WIDE)
-    a = tl.load(source + first * s3, mask=live, other=0.0).to(WIDE)
-    b = tl.load(source + second * s3, mask=live, other=0.0).to(WIDE)
-    tl.store(result + first, (a * c - b * s).to(result.dtype.element_ty), mask=live)
-    tl.store(result + second, (a * s + b * c).to(result.dtype.element_ty), mask=live)
+    read, write = source + head * s1, result + head * head_size
+    a = tl.load(read + first * s3, mask=inside, other=0.0).to(WIDE)
+    b = tl.load(read + second * s3, mask=inside, other=0.0).to(WIDE)
+    tl.store(write + first, (a * c - b * s).to(result.dtype.element_ty), mask=inside)
+    tl.store(write + second, (a * s + b * c).to(result.dtype.element_ty), mask=inside)
     for part in tl.static_range(2):  # head_size <= 2 BLOCK
-        rest = tl.arange(0, BLOCK) + part * BLOCK
-        kept = (rest >= turned) & (rest < head_size)
-        tl.store(result + rest, tl.load(source + rest * s3, mask=kept, other=0.0), mask=kept)
+        rest = pair + part * BLOCK
+        kept = (rest >= turned) & (rest < head_size) & (head < heads)
+        tl.store(write + rest, tl.load(read + rest * s3, mask=kept, other=0.0), mask=kept)
 
 
-@tuned(CONFIGURATIONS, key=("head_size", "INTERLEAVED"))
+@tuned(CONFIGURATIONS, key=("heads", "key_heads", "head_size", "INTERLEAVED", "MANY"))
 @triton.jit
 def _rotary_qk(  # type: ignore[no-untyped-def]
     query, key, cos, sin, out_query, out_key, heads, key_heads, length, head_size, turned,
     q0, q1, q2, q3, k0, k1, k2, k3, c0, c1, s0, s1,
-    INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    part = tl.program_id(1)
     batch, step = place // length, place % length
     cos += batch * c0 + step * c1
     sin += batch * s0 + step * s1
-    if head < heads:
-        source = query + batch * q0 + head * q1 + step * q2
-        result = out_query + ((batch * heads + head) * length + step) * head_size
-        _turn(source, result, cos, sin, head_size, turned, INTERLEAVED, WIDE, BLOCK, q3)
+    parts = tl.cdiv(heads, HEADS)
+    if part < parts:
+        source = query + batch * q0 + step * q2
+        result = out_query + place * heads * head_size
+        _turn(source, result, cos, sin, part * HEADS, heads, head_size, turned, q1, q3, INTERLEAVED, WIDE, HEADS, BLOCK)
     else:
-        source = key + batch * k0 + (head - heads) * k1 + step * k2
-        result = out_key + ((batch * key_heads + head - heads) * length + step) * head_size
-        _turn(source, result, cos, sin, head_size, turned, INTERLEAVED, WIDE, BLOCK, k3)
+        source = key + batch * k0 + step * k2
+        result = out_key + place * key_heads * head_size
+        begin = (part - parts) * HEADS
+        _turn(source, result, cos, sin, begin, key_heads, head_size, turned, k1, k3, INTERLEAVED, WIDE, HEADS, BLOCK)
 
 
 @triton_op("xform::rotary_qk", mutates_args={})
 def rotary_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `naive.rotary_qk`. The results are dense [B, H, S, D] whatever the strides of the inputs."""
+    """See `naive.rotary_qk`. The results are views of dense [B, S, H, D] memory whatever the strides of the inputs.
+
+    torch's attention writes its result in the layout of the queries, so the merge of the heads behind it is a view.
+    """
     batch, heads, length, size = query.shape
+    key_heads = key.shape[1]
     if query.numel() == 0 or key.numel() == 0:
         first, second = naive.rotary_qk(query, key, cos, sin, interleaved)
         return first.clone(), second.clone()
     cos, sin = (table.expand(batch, length, -1) for table in (cos.contiguous(), sin.contiguous()))
-    results = common.empty(query.shape, query), common.empty(key.shape, key)
-    wrap_triton(_rotary_qk)[(batch * length, heads + key.shape[1])](
-        query, key, cos, sin, *results, heads, key.shape[1], length, size, 2 * cos.shape[-1],
+    results = [common.empty((batch, length, count, size), query) for count in (heads, key_heads)]
+    wrap_triton(_rotary_qk)[
+        lambda chosen: (batch * length, triton.cdiv(heads, chosen["HEADS"]) + triton.cdiv(key_heads, chosen["HEADS"]))
+    ](
+        query, key, cos, sin, *results, heads, key_heads, length, size, 2 * cos.shape[-1],
         *query.stride(), *key.stride(), cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1),
-        INTERLEAVED=interleaved, WIDE=tl.float64 if query.dtype is torch.float64 else tl.float32,
+        INTERLEAVED=interleaved, MANY=many(batch * length),
+        WIDE=tl.float64 if query.dtype is torch.float64 else tl.float32,
         BLOCK=triton.next_power_of_2(triton.cdiv(size, 2)),
     )  # fmt: skip
-    return results
+    return results[0].transpose(1, 2), results[1].transpose(1, 2)
 
 
 def fuse(module: GraphModule) -> list[common.Finding]:
