@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from xform.backends.base import Choice
+from xform.backends.torch_triton.fuse import fuse_linear
 from xform.backends.torch_triton.kernels import Finding, Kernel, kernels
 from xform.errors import OutputError
 from xform.graph.atomic import write_bytes
@@ -55,8 +56,13 @@ def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -
     if chooser.measured:
         _write(decisions)
     for node in chooser.replaced:
-        node.target = chooser.by_target[node.target].naive
+        kernel = chooser.by_target[node.target]
+        if kernel.restore is None:
+            node.target = kernel.naive
+        else:
+            kernel.restore(module, node)
     if chooser.replaced:
+        fuse_linear(module)
         module.recompile()
     return list(chooser.lines.values())
 

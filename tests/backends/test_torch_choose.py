@@ -114,6 +114,19 @@ def test_another_way_of_timing_is_another_decision() -> None:
     assert len(json.loads(cache_file().read_text())) == 4
 
 
+@pytest.mark.parametrize("activation", ["Gelu", 'Gelu <approximate = "tanh">'])
+def test_a_bias_goes_back_into_its_product(activation: str) -> None:
+    body = f"m = MatMul(x, w) s = Add(m, b) z = {activation}(s)"
+    text = f"g (float[2,3,8] x, float[8,4] w, float[4] b) => (float[2,3,4] z) {{ {body} }}"
+    module = to_torch(parse(text, {"w": floats(8, 4), "b": floats(4)}))
+    x = torch.from_numpy(floats(2, 3, 8))
+    want = module(x)[0]
+    assert counts(fuse(module)) == {"bias_activation": 1}
+    choose(module, [x], Clock("none"))
+    assert "linear" in module.code and "bias_activation" not in module.code and "matmul" not in module.code
+    torch.testing.assert_close(module(x)[0], want)
+
+
 def test_a_compiler_gets_the_module_without_kernels() -> None:
     module, inputs = module_and_inputs()
     code = module.code

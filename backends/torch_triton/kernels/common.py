@@ -30,6 +30,7 @@ class Finding:
 
 
 Fuse = Callable[[GraphModule], list[Finding]]
+Restore = Callable[[GraphModule, Node], None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Kernel:
         fuse: Puts the operator in place of what it computes in a lowered module; where, and where nearly.
         tuner: The Triton function, which knows the configurations that it chose; None where a library has the kernel.
         order: Kernels with lower numbers look first.
+        restore: Puts torch's own calls back in place of a call of the operator, where a part of them can be fused with
+            something else; by default it becomes a call of `naive`.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Kernel:
     fuse: Fuse
     tuner: Any = None
     order: int = 10
+    restore: Restore | None = None
 
 
 def empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:

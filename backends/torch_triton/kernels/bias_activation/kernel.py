@@ -81,6 +81,20 @@ def fuse(module: GraphModule) -> list[common.Finding]:
     return common.tidy(module, found)
 
 
+def restore(module: GraphModule, node: Node) -> None:
+    """The sum and the activation apart, so that a product can take the bias."""
+    x, bias, kind = node.args
+    with module.graph.inserting_before(node):
+        total = module.graph.call_function(operator.add, (x, bias))
+        if kind == "silu":
+            opened = module.graph.call_function(F.silu, (total,))
+        else:
+            approximate = "tanh" if kind == "gelu_tanh" else "none"
+            opened = module.graph.call_function(F.gelu, (total,), {"approximate": approximate})
+    common.swap(module, node, opened)
+    module.graph.erase_node(node)
+
+
 def _operands(total: Node) -> tuple[Any, Any] | None:
     """The product and the bias of a sum, in either order."""
     for x, bias in (total.args, total.args[::-1]):
@@ -91,5 +105,6 @@ def _operands(total: Node) -> tuple[Any, Any] | None:
 
 
 KERNEL = common.Kernel(
-    "bias_activation", torch.ops.xform.bias_activation, naive.bias_activation, fuse, tuner=_bias_activation
-)
+    "bias_activation", torch.ops.xform.bias_activation, naive.bias_activation, fuse, tuner=_bias_activation,
+    restore=restore,
+)  # fmt: skip
