@@ -15,15 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-
-# The torchvision wheels are built for CUDA; beside a CPU torch their operators do not load, and torchvision (which
-# transformers imports where it is installed) then fails on two schemas that it expects. Declaring them is enough.
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-for _operator in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _operator):
-        _TORCHVISION.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import transformers  # noqa: E402
+import transformers
+from zoo import vision_stub  # noqa: F401  transformers looks for torchvision when a model is made
 
 Sizes = Mapping[str, int]
 Arrays = dict[str, npt.NDArray[Any]]

@@ -34,7 +34,11 @@ from xform.report.files import write_report
 from xform.report.latency import compare
 from xform.report.terminal import report_view
 
-if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
+if (
+    torch.version.cuda is None
+    and importlib.util.find_spec("torchvision") is not None
+    and not hasattr(torch.ops.torchvision, "nms")
+):
     # transformers imports torchvision where it is installed, and wheels built for CUDA do not load beside a CPU torch
     # for want of two operators that this model does not use: declaring them is enough
     _vision = torch.library.Library("torchvision", "FRAGMENT")

@@ -9,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes run side by side
 
 import torch
 
-if importlib.util.find_spec("torchvision") is not None and not hasattr(torch.ops.torchvision, "nms"):
+if (
+    torch.version.cuda is None
+    and importlib.util.find_spec("torchvision") is not None
+    and not hasattr(torch.ops.torchvision, "nms")
+):
     # transformers and timm import torchvision, whose wheels are built for CUDA: beside a CPU torch its own operators
     # are missing, and declaring them is all that the import wants
     LIBRARY = torch.library.Library("torchvision", "FRAGMENT")

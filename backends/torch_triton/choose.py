@@ -80,6 +80,8 @@ class _Chooser(Interpreter):
     """Runs a module and decides about each call of a kernel."""
 
     def __init__(self, module: GraphModule, decisions: dict[str, Any], timer: Timer) -> None:
+        import triton
+
         super().__init__(module)
         self.decisions = decisions
         self.timer = timer
@@ -87,8 +89,6 @@ class _Chooser(Interpreter):
         self.replaced: list[Node] = []
         self.lines: dict[str, dict[str, Any]] = {}
         self.measured = False
-        import triton
-
         how = getattr(timer, "__name__", type(timer).__name__)
         self.circumstances = f"torch {torch.__version__}, triton {triton.__version__}, {how}"
 
