@@ -1,16 +1,18 @@
 """Products with constant weights in int8, their inputs by groups of channels with scales found at run time.
 
     X [.., K] W [K, N]  ~  G(X) D(Wq)         G(x) = s round(x / s),  s = max|x| / 127 over g channels of one row
-                                              D(q) [k, n] = t[n] (q[k, n] - z[n]),  q uint8
+                                              D(q) [k, n] = t[k / g, n] (q[k, n] - z[k / g, n]),  q uint8
 
 A token, or a channel, with large numbers then takes the resolution of g numbers of one row, not of the whole tensor.
-Nothing is calibrated and no range is exceeded. Codes of weights have a zero point per output channel: a column whose
-largest and smallest weight differ in size wastes no codes.
+Nothing is calibrated and no range is exceeded. Codes of weights have a scale and a zero point for the same g channels
+of a column, which costs nothing more, as sums are scaled by groups anyway: one whose largest and smallest weight differ
+in size wastes no codes.
 
 G is written in standard ONNX (opset 21):
 
     s = Max(ReduceMax(Abs(Reshape(x, [.., K / g, g])), -1) * (1 / 127), tiny)
     G(x) = DequantizeLinear(QuantizeLinear(x, s, axis=-1, block_size=g), s, axis=-1, block_size=g)
+    D(q) = DequantizeLinear(q, t, z, axis=0, block_size=g)
 
 so the numbers do not depend on who runs it. OpenVINO's kernels of products with int8 weights do just that where the
 processor has dot-product instructions ("dynamic quantization"); its backend recognizes G
@@ -114,10 +116,16 @@ class GroupProducts(SharedInput):
             value, weight = node.inputs[1], constant(node.inputs[1])
             assert value is not None and weight is not None
             name = value.name or "weight"
-            codes, scale, zero = self._options.codes.get(name) or asymmetric_codes(weight)
+            codes, scale, zero = self._options.codes.get(name) or asymmetric_codes(weight, self._options.group)
             stored = build.constant(codes, f"{name}_uint8")
-            scales, zeros = build.constant(scale, f"{name}_scale"), build.constant(zero, f"{name}_zero")
-            return build.op("MatMul", read, build.op("DequantizeLinear", stored, scales, zeros, axis=1))
+            whole = len(scale) == 1  # one block: as every opset from 13 on has it
+            scales = build.constant(scale[0] if whole else scale, f"{name}_scale")
+            zeros = build.constant(zero[0] if whole else zero, f"{name}_zero")
+            if whole:
+                return build.op("MatMul", read, build.op("DequantizeLinear", stored, scales, zeros, axis=1))
+            block = len(codes) // len(scale)
+            decoded = build.op("DequantizeLinear", stored, scales, zeros, axis=0, block_size=block)
+            return build.op("MatMul", read, decoded)
 
         return for_each_reader(match, build, product)
 

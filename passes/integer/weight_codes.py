@@ -23,7 +23,7 @@ _BLOCK = 128  # rows whose updates to the rows after them are made at once
 _LOOSE, _STRICT = 0.025, 0.021  # relative errors of outputs: cosines of 0.9997 and 0.9998
 _PAIR = 128  # largest sum of two weights whose products with 255 can be added in 16 bits
 
-AsymmetricCodes = tuple[Array, Array, Array]  # uint8 [K, N], float32 scales [N], uint8 zero points [N]
+AsymmetricCodes = tuple[Array, Array, Array]  # uint8 [K, N], float32 scales and uint8 zero points [K / block, N]
 
 
 def dot_product_instructions() -> bool:
@@ -66,16 +66,21 @@ def weight_codes(weight: Array, output_axis: int, input_axis: int, bits: int) ->
     return np.ascontiguousarray(np.moveaxis(codes, (0, 1), (output_axis, input_axis))), scale
 
 
-def asymmetric_codes(weight: Array) -> AsymmetricCodes:
-    """uint8 codes of a product's weight [K, N], with a scale and a zero point per output channel.
+def asymmetric_codes(weight: Array, block: int) -> AsymmetricCodes:
+    """uint8 codes of a product's weight [K, N], with a scale and a zero point for each `block` rows of a column.
 
-    The range of a column is widened to contain zero, which is exact.
+    The range of these is widened to contain zero, which is exact.
+
+    Args:
+        block: Divides K.
     """
-    low, high = np.minimum(weight.min(axis=0), 0.0), np.maximum(weight.max(axis=0), 0.0)
+    blocks = weight.reshape(-1, block, weight.shape[1])
+    low, high = np.minimum(blocks.min(axis=1), 0.0), np.maximum(blocks.max(axis=1), 0.0)
     needed = (high.astype(np.float64) - low) / _CODES
     scale = np.where(needed > 0, needed, 1.0).astype(np.float32)
     zero = np.clip(np.rint(-low / scale), 0, _CODES).astype(np.uint8)
-    return np.clip(np.rint(weight / scale) + zero, 0, _CODES).astype(np.uint8), scale, zero
+    codes = np.clip(np.rint(blocks / scale[:, None]) + zero[:, None], 0, _CODES)
+    return codes.astype(np.uint8).reshape(weight.shape), scale, zero
 
 
 def _pair_peaks(flat: Array) -> Array:
@@ -108,15 +113,19 @@ def compensated_codes(weight: Array, gram: Array, bits: int) -> tuple[Array, Arr
             code = np.clip(code, low, high)
         return code
 
-    return _compensated(weight, gram, scale, rounded).astype(np.int8), scale
+    return _compensated(weight, gram, scale[None], rounded).astype(np.int8), scale
 
 
-def compensated_asymmetric_codes(weight: Array, gram: Array) -> AsymmetricCodes:
+def compensated_asymmetric_codes(weight: Array, gram: Array, block: int) -> AsymmetricCodes:
     """Codes, scales and zero points as `asymmetric_codes` gives them, rounded so that the errors of a column cancel."""
-    _, scale, zero = asymmetric_codes(weight)
+    _, scale, zero = asymmetric_codes(weight, block)
     low, high = -zero.astype(np.float64), _CODES - zero.astype(np.float64)
-    codes = _compensated(weight, gram, scale, lambda row, wanted, before: np.clip(np.rint(wanted), low, high))
-    return (codes + zero).astype(np.uint8), scale, zero
+
+    def rounded(row: int, wanted: Array, before: Array) -> Array:
+        return np.clip(np.rint(wanted), low[row // block], high[row // block])
+
+    codes = _compensated(weight, gram, scale, rounded) + np.repeat(zero, block, axis=0)
+    return codes.astype(np.uint8), scale, zero
 
 
 def _compensated(weight: Array, gram: Array, scale: Array, rounded: Callable[[int, Array, Array], Array]) -> Array:
@@ -130,10 +139,10 @@ def _compensated(weight: Array, gram: Array, scale: Array, rounded: Callable[[in
 
     Args:
         gram: X^T X / M [K, K], X [M, K] what the product reads.
-        scale: [N].
+        scale: [1, N], or [K / block, N] for rows in blocks.
         rounded: From the index of a row, what it should be [N], and the codes of the row before, its codes.
     """
-    left, steps = weight.astype(np.float64), scale.astype(np.float64)
+    left, steps, block = weight.astype(np.float64), scale.astype(np.float64), len(weight) // len(scale)
     hessian = gram.astype(np.float64)
     diagonal = np.diag_indices(len(hessian))
     hessian[diagonal] += max(_DAMPING * float(np.mean(hessian[diagonal])), np.finfo(np.float64).tiny)
@@ -143,8 +152,9 @@ def _compensated(weight: Array, gram: Array, scale: Array, rounded: Callable[[in
         end = min(start + _BLOCK, len(left))
         errors = np.zeros((end - start, left.shape[1]))
         for row in range(start, end):
-            codes[row] = rounded(row, left[row] / steps, codes[row - 1])
-            error = (left[row] - codes[row] * steps) / upper[row, row]
+            step = steps[row // block]
+            codes[row] = rounded(row, left[row] / step, codes[row - 1])
+            error = (left[row] - codes[row] * step) / upper[row, row]
             left[row + 1 : end] -= np.outer(upper[row, row + 1 : end], error)
             errors[row - start] = error
         left[end:] -= upper[start:end, end:].T @ errors

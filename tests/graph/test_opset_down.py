@@ -284,6 +284,26 @@ def test_resize_returns_to_the_asymmetric_version() -> None:
     assert ops(written_at(model, 10)) == ["Resize"]
 
 
+@pytest.mark.parametrize(("axis", "shape"), [(0, (12, 5)), (-1, (5, 12)), (1, (2, 12, 3))])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_scales_by_blocks_are_written_out(axis: int, shape: tuple[int, ...], zeros: bool) -> None:
+    feeds = {"q": RNG.integers(0, 255, shape).astype(np.uint8)}
+    blocks = tuple(size // 4 if size == 12 else size for size in shape)
+    constants = {"s": RNG.uniform(0.1, 3, blocks).astype(np.float32)}
+    if zeros:
+        constants["z"] = RNG.integers(0, 255, blocks).astype(np.uint8)
+    model = one_node("DequantizeLinear", 21, feeds, 1, constants, axis=axis, block_size=4)
+    for opset in (20, 12):
+        assert "DequantizeLinear" not in ops(check(model, feeds, opset, tolerance=0.0))
+
+
+def test_a_smaller_last_block_has_no_older_form() -> None:
+    feeds = {"q": RNG.integers(0, 255, (10, 5)).astype(np.uint8)}
+    model = one_node("DequantizeLinear", 21, feeds, 1, {"s": np.ones((3, 5), np.float32)}, axis=0, block_size=4)
+    with pytest.raises(ModelError, match="the last block is smaller"):
+        written_at(model, 20)
+
+
 def test_bodies_of_control_flow_are_written_too() -> None:
     feeds = {"c": np.asarray(True), "x": floats(3, 4)}
     value = helper.make_tensor_value_info("t", TensorProto.FLOAT, None)

@@ -327,6 +327,31 @@ def _quantize_21(node: ir.Node, emit: Emitter) -> None:
     drop_defaults(node, 21, 19)
 
 
+@lower(21, "DequantizeLinear")
+def _dequantize_21(node: ir.Node, emit: Emitter) -> Sequence[ir.Value] | None:
+    """Scales by blocks: (q - z) s over the blocked axis split in two; exact, as codes are whole numbers."""
+    x, scale, zero = node.inputs[0], node.inputs[1], get_input(node, 2)
+    assert x is not None and scale is not None
+    block = attribute(node, "block_size", 0)
+    node.attributes.pop("block_size", None)
+    if not block:
+        return None
+    shape = shape_of(x)
+    if shape is None or scale.dtype is None or not all(isinstance(d, int) for d in shape):
+        raise Unavailable("scales by blocks are newer, and the shape of the codes is unknown")
+    sizes = [d for d in shape if isinstance(d, int)]
+    axis = attribute(node, "axis", 1) % len(sizes)
+    if sizes[axis] % block:
+        raise Unavailable("scales by blocks are newer, and the last block is smaller")
+    split = [*sizes[:axis], sizes[axis] // block, block, *sizes[axis + 1 :]]
+    dtype, within = int(scale.dtype), emit.ints([axis + 1], "within_block")
+    codes = emit.op("Cast", emit.op("Reshape", x, emit.ints(split, "blocks")), to=dtype)
+    if zero is not None:
+        codes = emit.op("Sub", codes, emit.op("Cast", emit.op("Unsqueeze", zero, within), to=dtype))
+    result = emit.op("Mul", codes, emit.op("Unsqueeze", scale, within))
+    return [emit.op("Reshape", result, emit.ints(sizes, "shape"))]
+
+
 @lower(23, "QuantizeLinear", "DequantizeLinear")
 def _quantize_23(node: ir.Node, _emit: Emitter) -> None:
     """A precision or output type equal to that of the scale says nothing."""

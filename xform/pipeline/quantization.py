@@ -14,8 +14,9 @@ scale per row of their input, with factors chosen for that, and keep outlier cha
 (`xform.pipeline.row_scales`); rows of one-sided inputs are scaled by their largest value, and weights are rounded with
 compensation (`xform.pipeline.rounding`). Products of the static form get scales by groups of channels of one row
 instead, found at run time, ever finer ones (`passes.integer.grouped_products`), before and after factors and
-compensation, from the cheapest to the dearest. Each is tried only while the bound does not hold, and stays if it lowers
-the error by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
+compensation, from the cheapest to the dearest. Each is tried only while the bound does not hold (finer groups: while
+the error is a twentieth beyond it), and stays if it lowers the error by a twentieth; then the search for what has to
+stay in float begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from xform.graph.count import bindings_of, count
 from xform.passes.cleanup import SimplifyLayout
 from xform.passes.fuse import PatchesToProducts
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
-from xform.passes.integer.grouped_products import finer_groups, widest_group
+from xform.passes.integer.grouped_products import GroupedCodes, finer_groups, widest_group
 from xform.passes.integer.quantize_products import outliers
 from xform.passes.integer.scale_channels import Factors
 from xform.passes.integer.weight_codes import dot_product_instructions
@@ -54,9 +55,10 @@ _BEFORE: dict[str, tuple[Pass, ...]] = {  # what either form runs fast
 }
 _OPERATIONS = 2e11  # of one measurement of the error, a few seconds: a search needs a hundred
 _FEWEST = 2  # batches, however large
+_NEARLY = 1.05  # times the bound: a few products in float cost less then than finer groups in all of them
 _WORTH = 0.95  # of the error before: what a migration must reach, as it makes the graph no simpler
 
-Change = tuple[str, Callable[["_Tried"], dict[str, Any]]]  # what is tried, and options of the pass for that
+Change = tuple[str, Callable[["_Tried"], dict[str, Any] | None]]  # what is tried, and options of the pass for that
 Prepare = Callable[[Sequence[Pass]], ir.Model]  # runs passes on the captured graph
 
 
@@ -162,9 +164,9 @@ class Quantization:
         def refine(changes: Sequence[Change]) -> list[str]:
             applied = []
             for label, change in changes:
-                if best.error > best.candidate.max_error:
-                    before, refined = best, replace(best.candidate, **change(best))
-                    try_(label, best, replace(best, candidate=refined))
+                before, options = best, change(best) if best.error > best.candidate.max_error else None
+                if options is not None:
+                    try_(label, best, replace(best, candidate=replace(best.candidate, **options)))
                     applied += [label] if best is not before else []
             return applied
 
@@ -238,19 +240,33 @@ class Quantization:
                     )
                 }),
             ]  # fmt: skip
-        rounding: Change = (
-            "rounding with compensation",
-            lambda at: {"codes": compensated_grouped_weights(at.trial.model, self._batches)},
-        )
+        rounding: Change = ("rounding with compensation", lambda at: {"codes": self._codes_by_groups(at)})
         asked = self._passes[self._place]
         if isinstance(asked, QuantizeStatic) and asked.products != "auto":
             return [], [rounding] if _grouped(start.candidate) else []
         if start.candidate.products == "float":
             return [], []
         widest = widest_group(start.trial.model)
-        groups = [_groups(size) for size in (widest, *finer_groups(widest)) if size]
+        groups = [self._groups(size) for size in (widest, *finer_groups(widest)) if size]
         coarse = max(len(groups) - 2, 1)
         return groups[:coarse], [rounding, *groups[coarse:]]
+
+    def _groups(self, size: int) -> Change:
+        """Groups of `size` channels; weights that are rounded with compensation are so again, in such blocks."""
+
+        def change(at: _Tried) -> dict[str, Any] | None:
+            if _grouped(at.candidate) and at.error <= _NEARLY * at.candidate.max_error:
+                return None
+            assert isinstance(at.candidate, QuantizeStatic)
+            rounded = at.candidate.codes and self._codes_by_groups(at, size)
+            return {"products": "grouped", "group": size, "codes": rounded}
+
+        return f"groups of {size} channels", change
+
+    def _codes_by_groups(self, at: _Tried, size: int = 0) -> GroupedCodes:
+        """Weights rounded with compensation in blocks of `size` rows; by default of the candidate's own."""
+        assert isinstance(at.candidate, QuantizeStatic)
+        return compensated_grouped_weights(at.trial.model, self._batches, size or at.candidate.group)
 
     def _ranges_that_pay(self, at: _Tried) -> Ranges:
         """Ranges of inputs of products, without those whose outlier channels cost more than they spare."""
@@ -300,10 +316,6 @@ class _Tried:
 
 def _grouped(candidate: Quantizer) -> bool:
     return isinstance(candidate, QuantizeStatic) and candidate.form_of_products == "grouped"
-
-
-def _groups(size: int) -> Change:
-    return f"groups of {size} channels", lambda at: {"products": "grouped", "group": size}
 
 
 def _affordable(model: ir.Model, batches: Sequence[Inputs]) -> Sequence[Inputs]:

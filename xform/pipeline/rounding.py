@@ -50,17 +50,24 @@ def compensated_weights(
     return codes
 
 
-def compensated_grouped_weights(model: ir.Model, batches: Sequence[Inputs]) -> dict[str, AsymmetricCodes]:
-    """uint8 codes [K, N], scales and zero points [N] by name of the weight, for grouped products.
+def compensated_grouped_weights(model: ir.Model, batches: Sequence[Inputs], group: int) -> dict[str, AsymmetricCodes]:
+    """uint8 codes [K, N], scales and zero points [K / group, N] by name of the weight, for grouped products.
 
     See `compensated_weights` and `xform.passes.integer.grouped_products`.
+
+    Args:
+        group: Rows that share a scale; weights whose rows it does not divide are left out.
 
     Raises:
         CouldNotRunError: The graph does not run on these inputs.
     """
     found = _grams(model, batches)
     weights = ((weight.name or "", constant(weight), gram) for weight, _, gram in found)
-    return {name: compensated_asymmetric_codes(array, gram) for name, array, gram in weights if array is not None}
+    return {
+        name: compensated_asymmetric_codes(array, gram, group)
+        for name, array, gram in weights
+        if array is not None and len(array) % group == 0
+    }
 
 
 def _grams(model: ir.Model, batches: Sequence[Inputs]) -> Iterator[tuple[ir.Value, list[ir.Value], Array]]:

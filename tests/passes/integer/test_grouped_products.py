@@ -52,8 +52,11 @@ def test_it_is_what_numpy_says(k: int, group: int) -> None:
     blocks = x.reshape(2, 9, k // group, group)
     scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) * np.float32(1 / 127), 1e-30)
     rounded = (np.rint(blocks / scale) * scale.astype(np.float64)).reshape(x.shape)
-    codes, scales, zeros = asymmetric_codes(given["w"])
-    weight = (codes.astype(np.float64) - zeros) * scales
+    codes, scales, zeros = asymmetric_codes(given["w"], group)
+    assert scales.shape == zeros.shape == (k // group, 80)
+    steps, middles = (np.repeat(each.astype(np.float64), group, axis=0) for each in (scales, zeros))
+    weight = (codes - middles) * steps
+    assert np.abs(weight - given["w"]).max(axis=0).max() <= 0.51 * scales.max()
     np.testing.assert_allclose(run(model, {"x": x})[0], rounded @ weight + given["b"], rtol=1e-4, atol=1e-4)
     assert not options(group).run(clone(model), PassContext())  # once is enough
 
@@ -69,6 +72,20 @@ def test_finer_groups_are_closer_where_channels_differ() -> None:
         apply(model, options(group))
         errors.append(float(np.linalg.norm(run(model, {"x": x})[0] - expected) / np.linalg.norm(expected)))
     assert errors == sorted(errors, reverse=True) and errors[0] > 2 * errors[-1] > 0, errors
+
+
+def test_weights_have_a_scale_for_the_same_channels() -> None:
+    """A block of rows with small weights keeps its resolution."""
+    given, x = constants(64), RNG.standard_normal((2, 9, 64)).astype(np.float32)
+    given["w"][32:] /= 50
+    x[..., 32:] *= 50
+    errors = []
+    for group in (64, 32):
+        model = parse(declared(TEXT.format(k=64), given), given)
+        expected = run(model, {"x": x})[0]
+        apply(model, options(group))
+        errors.append(float(np.linalg.norm(run(model, {"x": x})[0] - expected)))
+    assert errors[1] < errors[0] / 5
 
 
 def test_readers_share_the_codes_of_what_they_read_and_keep_their_names() -> None:
@@ -146,12 +163,15 @@ def test_only_what_was_made_is_recognized() -> None:
         assert (found == (model.graph.inputs[0], 32)) == (changed == "")
 
 
-def test_compensated_codes_are_closer_in_what_the_product_gives() -> None:
+@pytest.mark.parametrize("block", [96, 32])
+def test_compensated_codes_are_closer_in_what_the_product_gives(block: int) -> None:
     weight = constants(96)["w"]
     x = activations(50, 9, 96).reshape(-1, 96).astype(np.float64) @ RNG.standard_normal((96, 96))
     exact = x @ weight
     errors = []
-    for codes, scale, zero in (asymmetric_codes(weight), compensated_asymmetric_codes(weight, x.T @ x / len(x))):
+    compensated = compensated_asymmetric_codes(weight, x.T @ x / len(x), block)
+    for codes, scale, zero in (asymmetric_codes(weight, block), compensated):
         assert codes.dtype == zero.dtype == np.uint8 and scale.dtype == np.float32
-        errors.append(np.linalg.norm(x @ ((codes.astype(np.float64) - zero) * scale) - exact))
+        middle, step = (np.repeat(each.astype(np.float64), block, axis=0) for each in (zero, scale))
+        errors.append(np.linalg.norm(x @ ((codes - middle) * step) - exact))
     assert errors[1] < 0.9 * errors[0]
