@@ -31,7 +31,7 @@ from xform.passes.fuse import (
     PatchesToProducts,
     SplitChannelMultiplier,
 )
-from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels
+from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels, ShiftChannels
 from xform.passes.normalize import (
     AbsorbNormAffine,
     CompressRMSNorm,
@@ -79,6 +79,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeProducts,
         QuantizeStatic,
         ScaleChannels,
+        ShiftChannels,
         # cleanup
         EliminateIdentities,
         FoldConstants,

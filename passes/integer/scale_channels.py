@@ -13,6 +13,7 @@ rounding. The factors come from calibration (`xform.pipeline.channel_factors`), 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -40,14 +41,25 @@ def product_readers(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(found))
 
 
-class Scale(Rule):
-    """One activation and the products that read it."""
+class PerChannel(Rule):
+    """One activation that has numbers per channel, and the products that read it.
 
-    name = "scale"
+    Args:
+        given: Numbers [K] by name of the activation.
+    """
+
     concept = "int8"
 
-    def __init__(self, factors: Factors) -> None:
-        self._factors = factors
+    def __init__(self, given: Mapping[str, Array]) -> None:
+        self.given = given
+
+    @abstractmethod
+    def fits(self, numbers: Array) -> bool:
+        """Whether numbers of the right shape are such as the rule takes."""
+
+    def root(self, reader: ir.Node) -> ir.Value:
+        """What is replaced of a product."""
+        return reader.outputs[0]
 
     def anchors(self) -> frozenset[Key] | None:
         return frozenset((("", "MatMul"),))
@@ -57,7 +69,7 @@ class Scale(Rule):
 
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
         x = node.inputs[0]
-        if x is None or (x.name or "") not in self._factors:
+        if x is None or (x.name or "") not in self.given:
             yield QUIET
             return
         readers = [reader for reader in product_readers(x) if reader.graph is node.graph]
@@ -65,16 +77,25 @@ class Scale(Rule):
             yield QUIET
             return
         rows = constant_tensor(node.inputs[1])
-        factors = self._factors[x.name or ""]
-        if rows is None or factors.shape != (rows.shape.numpy()[0],) or not bool((factors > 0).all()):
-            yield Failure(f"the factors do not fit {x.name}", (node,))
+        numbers = self.given[x.name or ""]
+        if rows is None or numbers.shape != (rows.shape.numpy()[0],) or not self.fits(numbers):
+            yield Failure(f"the numbers per channel do not fit {x.name}", (node,))
             return
         nodes: dict[Hashable, ir.Node] = dict(enumerate(readers))
-        yield Match(values={"x": x}, nodes=nodes, roots=tuple(reader.outputs[0] for reader in readers))
+        yield Match(values={"x": x}, nodes=nodes, roots=tuple(self.root(reader) for reader in readers))
+
+
+class Scale(PerChannel):
+    """Channels divided by their factors."""
+
+    name = "scale"
+
+    def fits(self, numbers: Array) -> bool:
+        return bool((numbers > 0).all() and np.isfinite(numbers).all())
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         x = match["x"]
-        factors = self._factors[x.name or ""]
+        factors = self.given[x.name or ""]
         inverse = build.constant((1 / factors).astype(np.float32), f"{x.name}_factors")
         scaled = build.op("Mul", x, inverse)
         values = []

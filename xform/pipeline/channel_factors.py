@@ -48,22 +48,35 @@ def channel_factors(
         CouldNotRunError: The graph does not run on these inputs.
     """
     bits = bits or (8 if dot_product_instructions() else 0)
+    found = {}
+    for value, rows, columns, span in sampled_products(model, batches, _ROWS):
+        factors = _best(rows, columns, span, bits, per_row)
+        if factors is not None:
+            found[value.name or ""] = factors
+    return found
+
+
+def sampled_products(
+    model: ir.Model, batches: Sequence[Inputs], count: int
+) -> Iterator[tuple[ir.Value, Array, Array, ChannelRange]]:
+    """What products with constant weights read: the value, about `count` rows [M, K] of it, columns [K, N] of all
+    weights that multiply it, and its range per channel over all rows.
+
+    Raises:
+        CouldNotRunError: The graph does not run on these inputs.
+    """
     weights = {value: columns for value in _activations(model) if (columns := _weights(value)) is not None}
     spans: dict[ir.Value, ChannelRange] = {}
     samples: dict[ir.Value, list[Array]] = {value: [] for value in weights}
-    each = -(-_ROWS // max(len(batches), 1))
+    each = -(-count // max(len(batches), 1))
     for arrays in observe(model, batches, list(weights)):
         for value, array in zip(weights, arrays, strict=True):
             rows = np.reshape(array, (-1, np.shape(array)[-1]))
             here = ChannelRange(rows.min(axis=0), rows.max(axis=0))
             spans[value] = spans[value].joined(here) if value in spans else here
             samples[value].append(rows[:: max(1, len(rows) // each)][:each])
-    found = {}
     for value, columns in weights.items():
-        factors = _best(np.concatenate(samples[value]), columns, spans[value], bits, per_row)
-        if factors is not None:
-            found[value.name or ""] = factors
-    return found
+        yield value, np.concatenate(samples[value]), columns, spans[value]
 
 
 def _activations(model: ir.Model) -> list[ir.Value]:

@@ -13,10 +13,10 @@ then by factors per channel of their own (`xform.pipeline.channel_factors`). Pro
 scale per row of their input, with factors chosen for that, and keep outlier channels in float
 (`xform.pipeline.row_scales`); rows of one-sided inputs are scaled by their largest value, and weights are rounded with
 compensation (`xform.pipeline.rounding`). Products of the static form get scales by groups of channels of one row
-instead, found at run time, ever finer ones (`passes.integer.grouped_products`), before and after factors and
-compensation, from the cheapest to the dearest. Each is tried only while the bound does not hold (finer groups: while
-the error is a twentieth beyond it), and stays if it lowers the error by a twentieth; then the search for what has to
-stay in float begins (`xform.pipeline.sensitivity`).
+instead, found at run time, ever finer ones (`passes.integer.grouped_products`), before and after factors, compensation
+and channels moved around zero (`xform.pipeline.channel_shifts`), from the cheapest to the dearest. Each is tried only
+while the bound does not hold (finer groups: while the error is a twentieth beyond it), and stays if it lowers the error
+by a twentieth; then the search for what has to stay in float begins (`xform.pipeline.sensitivity`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,15 @@ from xform.graph.clone import clone
 from xform.graph.count import bindings_of, count
 from xform.passes.cleanup import SimplifyLayout
 from xform.passes.fuse import PatchesToProducts
-from xform.passes.integer import ApproximateGelu, QuantizeProducts, Quantizer, QuantizeStatic, ScaleChannels
-from xform.passes.integer.grouped_products import GroupedCodes, finer_groups, widest_group
+from xform.passes.integer import (
+    ApproximateGelu,
+    QuantizeProducts,
+    Quantizer,
+    QuantizeStatic,
+    ScaleChannels,
+    ShiftChannels,
+)
+from xform.passes.integer.grouped_products import finer_groups, widest_group
 from xform.passes.integer.quantize_products import outliers
 from xform.passes.integer.scale_channels import Factors
 from xform.passes.integer.weight_codes import dot_product_instructions
@@ -41,6 +48,7 @@ from xform.passes.normalize import LayerWiseScales, MigrateScales
 from xform.passes.normalize.ranges import Ranges, load_ranges
 from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
 from xform.pipeline.channel_factors import channel_factors
+from xform.pipeline.channel_shifts import channel_shifts
 from xform.pipeline.oracle import Inputs
 from xform.pipeline.rounding import compensated_grouped_weights, compensated_weights
 from xform.pipeline.row_scales import Variant, products_by_input, where_it_pays
@@ -58,7 +66,7 @@ _FEWEST = 2  # batches, however large
 _NEARLY = 1.05  # times the bound: a few products in float cost less then than finer groups in all of them
 _WORTH = 0.95  # of the error before: what a migration must reach, as it makes the graph no simpler
 
-Change = tuple[str, Callable[["_Tried"], dict[str, Any] | None]]  # what is tried, and options of the pass for that
+Change = tuple[str, Callable[["_Tried"], "_Tried | None"]]  # what is tried, and how; None where there is nothing to do
 Prepare = Callable[[Sequence[Pass]], ir.Model]  # runs passes on the captured graph
 
 
@@ -164,13 +172,13 @@ class Quantization:
         def refine(changes: Sequence[Change]) -> list[str]:
             applied = []
             for label, change in changes:
-                before, options = best, change(best) if best.error > best.candidate.max_error else None
-                if options is not None:
-                    try_(label, best, replace(best, candidate=replace(best.candidate, **options)))
-                    applied += [label] if best is not before else []
+                before = best
+                if best.error > best.candidate.max_error:
+                    try_(label, best, change(best))
+                applied += [label] if best is not before else []
             return applied
 
-        cheap, dear = self._refinements(best)
+        cheap, dear = self._refinements(name, best)
         refined = refine(cheap)
         start = best
         if best.error > best.candidate.max_error:
@@ -226,47 +234,59 @@ class Quantization:
         found = self._after(name, start, ScaleChannels(factors)) if factors else None
         return found or start
 
-    def _refinements(self, start: _Tried) -> tuple[list[Change], list[Change]]:
+    def _refinements(self, name: str, start: _Tried) -> tuple[list[Change], list[Change]]:
         """Options of products that lower their error: those before factors per channel, and those after them.
 
         From the cheapest at run time to the dearest.
         """
         if isinstance(start.candidate, QuantizeProducts):
             return [], [
-                ("outlier channels in float, one-sided rows", lambda at: {"ranges": self._ranges_that_pay(at)}),
-                ("rounding with compensation", lambda at: {
-                    "codes": compensated_weights(
+                ("outlier channels in float, one-sided rows", lambda at: at.but(ranges=self._ranges_that_pay(at))),
+                ("rounding with compensation", lambda at: at.but(
+                    codes=compensated_weights(
                         at.trial.model, self._batches, at.candidate.weight_bits, self._ranges_of(at.candidate)
                     )
-                }),
+                )),
             ]  # fmt: skip
-        rounding: Change = ("rounding with compensation", lambda at: {"codes": self._codes_by_groups(at)})
+        free: list[Change] = [
+            ("rounding with compensation", self._rounded),
+            ("channels moved around zero", lambda at: self._shifted(name, at)),
+        ]
         asked = self._passes[self._place]
         if isinstance(asked, QuantizeStatic) and asked.products != "auto":
-            return [], [rounding] if _grouped(start.candidate) else []
+            return [], free if _grouped(start.candidate) else []
         if start.candidate.products == "float":
             return [], []
         widest = widest_group(start.trial.model)
         groups = [self._groups(size) for size in (widest, *finer_groups(widest)) if size]
         coarse = max(len(groups) - 2, 1)
-        return groups[:coarse], [rounding, *groups[coarse:]]
+        return groups[:coarse], [*free, *groups[coarse:]]
 
     def _groups(self, size: int) -> Change:
         """Groups of `size` channels; weights that are rounded with compensation are so again, in such blocks."""
 
-        def change(at: _Tried) -> dict[str, Any] | None:
+        def change(at: _Tried) -> _Tried | None:
             if _grouped(at.candidate) and at.error <= _NEARLY * at.candidate.max_error:
                 return None
             assert isinstance(at.candidate, QuantizeStatic)
-            rounded = at.candidate.codes and self._codes_by_groups(at, size)
-            return {"products": "grouped", "group": size, "codes": rounded}
+            finer = at.but(products="grouped", group=size)
+            return self._rounded(finer) if at.candidate.codes else finer
 
         return f"groups of {size} channels", change
 
-    def _codes_by_groups(self, at: _Tried, size: int = 0) -> GroupedCodes:
-        """Weights rounded with compensation in blocks of `size` rows; by default of the candidate's own."""
-        assert isinstance(at.candidate, QuantizeStatic)
-        return compensated_grouped_weights(at.trial.model, self._batches, size or at.candidate.group)
+    def _rounded(self, at: _Tried) -> _Tried | None:
+        """Weights of grouped products rounded with compensation."""
+        if not isinstance(at.candidate, QuantizeStatic) or not _grouped(at.candidate):
+            return None
+        return at.but(codes=compensated_grouped_weights(at.trial.model, self._batches, at.candidate.group))
+
+    def _shifted(self, name: str, at: _Tried) -> _Tried | None:
+        """Channels moved around zero; weights are rounded for that, as they multiply a constant now, too."""
+        if not isinstance(at.candidate, QuantizeStatic) or not _grouped(at.candidate):
+            return None
+        shifts = channel_shifts(at.trial.model, self._batches, at.candidate.group)
+        moved = self._after(name, at, ShiftChannels(shifts)) if shifts else None
+        return None if moved is None else self._rounded(moved)
 
     def _ranges_that_pay(self, at: _Tried) -> Ranges:
         """Ranges of inputs of products, without those whose outlier channels cost more than they spare."""
@@ -312,6 +332,10 @@ class _Tried:
     @property
     def variant(self) -> Variant:
         return self.trial, self.candidate
+
+    def but(self, **options: Any) -> _Tried:
+        """With other options of the pass."""
+        return replace(self, candidate=replace(self.candidate, **options))
 
 
 def _grouped(candidate: Quantizer) -> bool:
