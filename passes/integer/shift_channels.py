@@ -46,9 +46,10 @@ class Shift(PerChannel):
         """The product with its bias, where it has one."""
         product = reader.outputs[0]
         uses = list(product.uses())
-        if len(uses) == 1 and not product.is_graph_output() and _bias(uses[0][0], product) is not None:
-            return uses[0][0].outputs[0]
-        return product
+        reads = uses[0][0] if len(uses) == 1 and not product.is_graph_output() else None
+        if reads is None or reads.graph is not reader.graph or _bias(reads, product) is None:
+            return product
+        return reads.outputs[0]
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
         x = match["x"]

@@ -1,9 +1,11 @@
 """Numbers per channel that move an activation around zero, chosen on calibration batches for each activation.
 
 Candidates for X: the middle between the quantiles at 5 and 95 % of every channel, its mean, and one number for all
-channels, a tenth to three tenths of the mean magnitude of rows: what follows GELU has most of its numbers just below
-zero and few large ones, so that the middle of a channel says little. The measure is ||(G(X - c) - (X - c)) W|| on a
-sample of rows, G rounding to int8 by groups of channels (`passes.integer.grouped_products`).
+channels, up to a fifth of the mean magnitude of rows: what follows GELU has most of its numbers just below zero and few
+large ones, so that the middle of a channel says little. The measure is the error of the product, ||(G(x - c) - (x - c))
+W|| / ||x W||, over a sample of rows x, G rounding to int8 by groups of channels (`passes.integer.grouped_products`). It
+is relative in every row, since norms make rows of all sizes count the same; without that a few huge ones (the first
+token, or the last) would decide. What rounding of W adds, compensation takes away (`xform.pipeline.rounding`).
 """
 
 from __future__ import annotations
