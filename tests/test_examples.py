@@ -47,6 +47,12 @@ def test_int8_groups(tmp_path: Path) -> None:
     assert text.count("relative error") == 3 and "a scale per 32 channels: relative error 0.0" in text
 
 
+def test_int8_channels(tmp_path: Path) -> None:
+    text = _run("int8_channels.py", tmp_path)
+    assert "before int8: scale_channels; error with everything in int8: as it is 0.5" in text
+    assert "channels moved around zero" in text.split("channels far from zero")[1].split(";")[0]  # what was applied
+
+
 def test_cpu_int8(tmp_path: Path) -> None:
     text = _run("cpu_int8.py", tmp_path)
     assert "4 products in int8" in text and "12 operators run on packed tokens" in text
