@@ -2,10 +2,12 @@
 
 Each candidate is lowered, saved, and run in a process of its own with the settings of its artifact; they take turns,
 and are compared round by round (`xform.report.latency`), but for those that took several times as long as the fastest
-when each was tried alone; those that come near the fastest meet once more, in more rounds. The model as it came is
-always among them: if nothing is faster, it is what the user gets. A decision is remembered by what the graphs are
-(without the numbers in their weights), the machine, the versions of the runtimes, the state of xform's own code and the
-sizes of the inputs, so that the same call decides the same without a clock.
+when each was tried alone; those that come near the fastest meet once more, in more rounds, and if another one leads
+then, a third time, since a machine that others use too has phases in which one runtime loses more than another. All
+rounds of those that are left count. The model as it came is always among them: if nothing is faster, it is what the
+user gets. A decision is remembered by what the graphs are (without the numbers in their weights), the machine, the
+versions of the runtimes, the state of xform's own code and the sizes of the inputs, so that the same call decides the
+same without a clock.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ _SECONDS = {"quick": 0.15, "full": 0.25}  # of one candidate in one round: many 
 _NEAR = 0.9  # of the best speedup: what is faster than that may be the fastest in truth
 _HOPELESS = 2.5  # times as long as the fastest, each alone: not worth a heat
 _SAME = 1.01  # a speedup below it is noise: between equals the first one stays
-_FORMAT = 4  # of a remembered decision
+_FORMAT = 5  # of a remembered decision
 
 
 @dataclass(frozen=True)
@@ -198,23 +200,36 @@ def _measure(
         _record(decision, alone)
         fastest = min(timing.median_ms for timing in alone.values())
         meeting = [label for label, t in alone.items() if label == INPUT or t.median_ms <= _HOPELESS * fastest]
-        everyone = list(meeting)
-        for planned in (_ROUNDS[mode], _FINAL_ROUNDS[mode]):
-            seconds = _SECONDS[mode]
+        everyone, seconds = list(meeting), _SECONDS[mode]
+        pooled: dict[str, Timing] = {}
+        leaders: list[str] = []
+        for planned in (_ROUNDS[mode], _FINAL_ROUNDS[mode], _FINAL_ROUNDS[mode]):
             once = sum(max(seconds, _RUNS * decision.milliseconds[label] / 1e3) for label in meeting)
             rounds = max(_FEWEST_ROUNDS, min(planned, int(_HEAT_SECONDS[mode] / once)))
             met = [subjects[label] for label in meeting]
-            heat = measure(met, feeds, rounds=rounds, seconds=seconds, progress=progress)
-            _record(decision, dict(zip(meeting, heat, strict=True)))
-            best = max(decision.speedups[label] for label in meeting)
-            meeting = [label for label in meeting if decision.speedups[label] >= _NEAR * best]
+            measured = measure(met, feeds, rounds=rounds, seconds=seconds, progress=progress)
+            heat = dict(zip(meeting, measured, strict=True))
+            pooled = {label: pooled[label].followed_by(t) if label in pooled else t for label, t in heat.items()}
+            _record(decision, pooled)
+            leaders.append(max(heat, key=lambda label: heat[label].speedup_over(heat[meeting[0]])))
+            if len(leaders) == 2 and heat[leaders[-1]].speedup_over(heat[leaders[0]]) < _SAME:
+                break  # the heats agree, but for noise
+            meeting = _near(pooled)
             if len(meeting) < 2:
                 break
         return everyone
 
 
+def _near(timings: Mapping[str, Timing]) -> list[str]:
+    """The labels that come near the fastest one, by their rounds or by their fastest runs: those are quiet moments."""
+    reference = next(iter(timings.values()))
+    by_rounds = {label: timing.speedup_over(reference) for label, timing in timings.items()}
+    by_runs = {label: 1.0 / timing.fastest_ms for label, timing in timings.items()}
+    return [label for label in timings if any(by[label] >= _NEAR * max(by.values()) for by in (by_rounds, by_runs))]
+
+
 def _record(decision: Decision, timings: Mapping[str, Timing]) -> None:
-    """Figures of one heat; speedups over the model as it came, by way of the first contender where it takes no part."""
+    """Figures of those that met; speedups over the model as it came, by way of the first contender where it is out."""
     reference = INPUT if INPUT in timings else next(iter(timings))
     known = decision.speedups.get(reference, 1.0)
     for label, timing in timings.items():

@@ -66,6 +66,11 @@ class Timing:
         """How many times as fast as `other`: the median over rounds of the ratio within a round."""
         return statistics.median(b / a for a, b in zip(self.rounds_ms, other.rounds_ms, strict=True))
 
+    def followed_by(self, later: Timing) -> Timing:
+        """Both together, where the same model was measured once more."""
+        rounds, runs = self.rounds_ms + later.rounds_ms, self.runs + later.runs
+        return Timing(self.model, rounds, runs, min(self.fastest_ms, later.fastest_ms))
+
 
 def measure(
     models: Sequence[Path | Deployed],
