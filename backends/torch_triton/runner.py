@@ -13,6 +13,7 @@ import torch
 from xform.backends.base import check_names
 from xform.backends.torch_triton.choose import as_choices, choose, cuda_seconds, recorded_seconds, torch_alone
 from xform.backends.torch_triton.cuda_graphs import Replayer
+from xform.backends.torch_triton.layouts import Layouts
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
 from xform.backends.torch_triton.lower.parameters import array_of, torch_of
 from xform.errors import TargetError, UsageError
@@ -70,11 +71,12 @@ class TorchRunner:
 
     def _chosen(self, tensors: list[Any]) -> Callable[..., Any]:
         """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
+        recorded = self._device.type == "cuda" and self._is_static()
         if self._device.type == "cuda":
-            measured = choose(self._module, tensors, recorded_seconds if self._is_static() else cuda_seconds)
+            self._choose_layout(tensors, recorded=recorded)
+            measured = choose(self._module, tensors, recorded_seconds if recorded else cuda_seconds)
             self._artifact.metadata["kernels"] = measured
             self._artifact.choices += as_choices(measured)
-        recorded = self._device.type == "cuda" and self._is_static()
         plain: Callable[..., Any] = Replayer(self._module) if recorded else self._module
         mode = self._artifact.compile
         if mode == "off":
@@ -89,6 +91,16 @@ class TorchRunner:
         chosen = min(seconds, key=lambda name: seconds[name])
         self._artifact.metadata["compile"] = {"asked": mode, "chosen": chosen, "seconds": seconds}
         return contenders[chosen]
+
+    def _choose_layout(self, tensors: list[Any], *, recorded: bool) -> None:
+        """Channels of images first or last, as is faster on the first inputs; a recording for each is timed."""
+        layouts = Layouts(self._module)
+        measured = layouts.choose(
+            lambda: _seconds(Replayer(self._module) if recorded else self._module, tensors, self._device)
+        )
+        if measured is not None:
+            self._artifact.metadata["layout"] = measured
+            self._artifact.choices.append(layouts.as_choice(measured))
 
     def _is_static(self) -> bool:
         shapes = [value.shape for value in self._inputs.values()]

@@ -63,6 +63,20 @@ def test_resizing_is_recorded(mode: str) -> None:
     assert fast.artifact.metadata["cuda_graph"] == "recorded"
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_channels_lie_where_it_is_faster(precision: str) -> None:
+    shapes = {"w": (64, 3, 3, 3), "v": (64, 64, 3, 3)}
+    text = """g (float[8,3,64,64] x, float[64,3,3,3] w, float[64,64,3,3] v) => (float[8,64,60,60] z) {
+        c = Conv(x, w) r = Relu(c) z = Conv(r, v) }"""
+    model = parse(text, {name: floats(*shape) / 8 for name, shape in shapes.items()})
+    fast, here = xform.optimize(model, target="cuda", precision=precision), xform.optimize(model, target="cpu")
+    x = torch.from_numpy(floats(8, 3, 64, 64))
+    got = fast(x.cuda())["z"]
+    torch.testing.assert_close(got.cpu(), here(x)["z"], rtol=5e-2, atol=5e-2)
+    is_last = fast.artifact.metadata["layout"]["chosen"] == "channels_last"
+    assert got.is_contiguous(memory_format=torch.channels_last) is is_last
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
 def test_integer_products_stay_on_the_device(dtype: str) -> None:
     model = parse(f"g ({dtype}[2,4] x, {dtype}[4,3] w) => ({dtype}[2,3] z) {{ y = MatMul(x, w) z = Add(y, y) }}")
