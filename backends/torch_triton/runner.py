@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class TorchRunner:
         self._artifact = artifact
         self._device = torch.device(artifact.target.kind)
         self._inputs = {value.name or "": value for value in graph.inputs}
+        self._declared = {name: _Declared.of(value) for name, value in self._inputs.items()}
         self._required = [value.name or "" for value in graph.inputs if value.const_value is None]
         self.input_names: tuple[str, ...] = tuple(self._inputs)
         self.output_names: tuple[str, ...] = tuple(value.name or "" for value in graph.outputs)
@@ -113,29 +115,50 @@ class TorchRunner:
         if isinstance(value, (list, tuple)):
             return [self._tensor_of(element) for element in value]
         tensor = self._tensor_of(value)
-        declared = self._inputs[name]
-        if isinstance(declared.type, ir.TensorType):
-            _check(name, tensor, declared)
+        self._declared[name].check(name, tensor)
         return tensor
 
     def _tensor_of(self, value: Any) -> torch.Tensor:
         tensor = value.detach() if isinstance(value, torch.Tensor) else torch_of(np.asarray(value))
-        return tensor.to(self._device)
+        return tensor if tensor.device == self._device else tensor.to(self._device)
 
 
-def _check(name: str, tensor: torch.Tensor, declared: ir.Value) -> None:
-    dtype = None if declared.dtype is None else TORCH_DTYPES.get(declared.dtype)
-    if dtype is not None and tensor.dtype is not dtype:
-        raise UsageError(f"input {name!r} is {tensor.dtype}, the model takes {dtype}", hint=f"convert it: .to({dtype})")
-    shape = declared.shape
-    if shape is None:
-        return
-    if len(shape) != tensor.ndim:
-        raise UsageError(f"input {name!r} has shape {tuple(tensor.shape)}, the model takes {shape}")
-    for axis, (dim, size) in enumerate(zip(shape, tensor.shape, strict=True)):
-        if isinstance(dim, int) and dim != size:
-            taken = f"the model takes {shape}: axis {axis} is fixed"
-            raise UsageError(f"input {name!r} has shape {tuple(tensor.shape)}, {taken}")
+@dataclass(frozen=True)
+class _Declared:
+    """What the graph says of a tensor that is an input, read once: calls of small models are short.
+
+    Attributes:
+        dtype: None where it is unknown, or what is fed is no tensor.
+        shape: None where the rank is unknown.
+        fixed: Axes of fixed size with their sizes.
+    """
+
+    dtype: torch.dtype | None
+    shape: ir.Shape | None
+    fixed: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(value: ir.Value) -> _Declared:
+        if not isinstance(value.type, ir.TensorType):
+            return _Declared(None, None, ())
+        dtype = None if value.dtype is None else TORCH_DTYPES.get(value.dtype)
+        fixed = tuple((axis, dim) for axis, dim in enumerate(value.shape or ()) if isinstance(dim, int))
+        return _Declared(dtype, value.shape, fixed)
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise a UsageError if `tensor` is of another dtype, rank or fixed size."""
+        if self.dtype is not None and tensor.dtype is not self.dtype:
+            hint = f"convert it: .to({self.dtype})"
+            raise UsageError(f"input {name!r} is {tensor.dtype}, the model takes {self.dtype}", hint=hint)
+        if self.shape is None:
+            return
+        shape = tensor.shape
+        if len(self.shape) != len(shape):
+            raise UsageError(f"input {name!r} has shape {tuple(shape)}, the model takes {self.shape}")
+        for axis, size in self.fixed:
+            if shape[axis] != size:
+                taken = f"the model takes {self.shape}: axis {axis} is fixed"
+                raise UsageError(f"input {name!r} has shape {tuple(shape)}, {taken}")
 
 
 def _output(output: Any, device: torch.device | None) -> Any:

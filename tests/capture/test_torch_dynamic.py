@@ -53,6 +53,18 @@ def test_auto_finds_batch_and_sequence_from_an_example_of_size_one() -> None:
     assert captured.refuses((), mixed) == "mask has size 6 in axis 1, captured with sequence"
 
 
+def test_shapes_are_checked_as_before_when_some_are_known() -> None:
+    """Combinations of shapes that fitted are remembered; each of them alone says nothing about another one."""
+    captured = capture_torch(Sum(), (), tokens(1, 1), dynamic="auto")
+    for _ in range(2):
+        for sizes in [(2, 5), (2, 6)]:
+            assert captured.accepts((), tokens(*sizes))
+        mixed = {"ids": tokens(2, 5)["ids"], "mask": tokens(2, 6)["mask"]}
+        assert captured.refuses((), mixed) == "mask has size 6 in axis 1, captured with sequence"
+        flat = {"ids": tokens(2, 5)["ids"], "mask": torch.rand(10)}
+        assert captured.refuses((), flat) == "mask has 1 dims, captured with 2"
+
+
 def test_auto_leaves_fixed_sizes_fixed() -> None:
     captured = capture_torch(nn.Linear(4, 3), (torch.randn(1, 6, 4),), dynamic="auto")
     assert captured.dynamic_dims == {"input": {0: "batch", 1: "sequence"}}

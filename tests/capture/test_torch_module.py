@@ -15,6 +15,7 @@ from torch_support import assert_same, call
 
 from xform.capture import capture_torch
 from xform.capture.onnx_file import notes
+from xform.capture.torch_calling import Signature
 from xform.capture.torch_program import evaluating
 from xform.errors import CaptureError, UsageError
 
@@ -171,6 +172,28 @@ def test_equal_calls_spelled_differently_are_one() -> None:
     for args, kwargs in [((x, 2.0, shift), {}), ((), {"shift": shift, "x": x}), ((x,), {"scale": 2.0, "shift": shift})]:
         assert captured.accepts(args, kwargs)
         assert_same(call(captured, args, kwargs), x * 2.0 + shift)
+
+
+def test_flat_arguments_need_no_tree() -> None:
+    """The short way for calls of tensors and plain values gives what the long way gives."""
+
+    class Catch(nn.Module):
+        def forward(self, x: Any, scale: float = 1.0, *more: Any, **other: Any) -> Any:
+            return x
+
+    signature = Signature.of(Catch())
+    x, y = torch.randn(2), torch.randn(3)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}), ((), {"x": x, "scale": 2.0}), ((x, None), {}),
+        ((x, 2.0, y), {}), ((x,), {"b": y, "a": 1}), (([x],), {}),
+    ]  # fmt: skip
+    for args, kwargs in calls:
+        got, want = signature.flatten(args, kwargs), signature._flatten_tree(signature.bind(args, kwargs))
+        assert (got.order, got.constants, got.spec) == (want.order, want.constants, want.spec)
+        assert list(got.tensors) == list(want.tensors)
+        assert all(tensor is want.tensors[name] for name, tensor in got.tensors.items())
+    with pytest.raises(UsageError, match="argument x is a object"):
+        signature.flatten((object(),), {})
 
 
 def test_leaves_and_call_form_are_the_inverses() -> None:

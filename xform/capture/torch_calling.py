@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,15 @@ from xform.capture.torch_pytree import PLAIN, caches, flatten, path_name, regist
 from xform.errors import UsageError
 
 _OMITTED = (bool, int, float, str, type(None))
+
+
+_LEAVES = (torch.Tensor, *PLAIN, torch.dtype, torch.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _flat(names: tuple[str, ...]) -> pytree.TreeSpec:
+    """The structure of a dict of leaves."""
+    return pytree.tree_structure(dict.fromkeys(names, 0))
 
 
 def unique_names(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
@@ -128,14 +138,23 @@ class Signature:
         Raises:
             UsageError: The call does not fit the signature, or an argument is neither tensor nor plain value.
         """
-        leaves, spec = flatten(self.bind(args, kwargs))
+        bound = self.bind(args, kwargs)
+        if all(isinstance(value, _LEAVES) for value in bound.values()):  # as most calls are; pytree is slow
+            names = tuple(bound)
+            tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
+            constants = {name: value for name, value in bound.items() if name not in tensors}
+            return Arguments(tensors, constants, _flat(names), names)
+        return self._flatten_tree(bound)
+
+    def _flatten_tree(self, bound: Mapping[str, Any]) -> Arguments:
+        leaves, spec = flatten(bound)
         names = unique_names([self._leaf_name(path) for path, _ in leaves])
         tensors: dict[str, torch.Tensor] = {}
         constants: dict[str, Any] = {}
         for name, (_, leaf) in zip(names, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
                 tensors[name] = leaf
-            elif isinstance(leaf, (*PLAIN, torch.dtype, torch.device)):
+            elif isinstance(leaf, _LEAVES):
                 constants[name] = leaf
             else:
                 raise UsageError(

@@ -258,6 +258,7 @@ def _ranges(
     return ranges
 
 
+_MAX_REMEMBERED = 1024  # combinations of shapes
 Size = Any  # int, or a sympy expression of symbols
 
 
@@ -272,6 +273,7 @@ class Sizes:
 
     shapes: dict[str, tuple[Size, ...]]
     ranges: dict[str, tuple[int, int | None]]
+    _fitting: set[tuple[torch.Size, ...]] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def dims(self) -> dict[str, dict[int, str]]:
         """Per input, its dynamic axes with their names or expressions."""
@@ -283,6 +285,16 @@ class Sizes:
 
     def mismatch(self, inputs: Mapping[str, torch.Tensor]) -> str | None:
         """Why these inputs' shapes are not among those captured, or None if they are."""
+        shapes = tuple([inputs[name].shape for name in self.shapes])
+        if shapes in self._fitting:
+            return None
+        reason = self._mismatch(inputs)
+        # solving expressions takes longer than a small model runs, and calls come in few shapes
+        if reason is None and len(self._fitting) < _MAX_REMEMBERED:
+            self._fitting.add(shapes)
+        return reason
+
+    def _mismatch(self, inputs: Mapping[str, torch.Tensor]) -> str | None:
         bound: dict[sympy.Symbol, int] = {}
         for name, shape in self.shapes.items():
             if inputs[name].ndim != len(shape):

@@ -124,7 +124,7 @@ class CapturedModule:
         for name, value in example.constants.items():
             if type(arguments.constants[name]) is not type(value) or arguments.constants[name] != value:
                 return f"{name} is {arguments.constants[name]!r}, captured with {value!r}"
-        if arguments.spec != example.spec:
+        if arguments.spec is not example.spec and arguments.spec != example.spec:
             return "its arguments are nested differently"
         for name, tensor in example.tensors.items():
             if arguments.tensors[name].dtype is not tensor.dtype:
