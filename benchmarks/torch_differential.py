@@ -1,6 +1,6 @@
 """Two runtimes that share no code agree: the torch backend and ONNX Runtime on the same optimized graphs.
 
-    python benchmarks/torch_differential.py --json [--only REGEX] [--sample N] [--resume FILE]
+    python benchmarks/torch_differential.py --json [--only REGEX] [--sample N] [--resume FILE] [--limit SECONDS]
 
 Every model of benchmarks/torch_models.py (those of the benchmarks of capture, raising, reparameterization, norms and
 peers) is captured with random weights and taken through the `exact` preset. The graph is run on the same inputs by ONNX
@@ -38,7 +38,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOLERANCE = 1e-5
 ROUNDING = 1.5
-TIME_LIMIT = 600.0  # seconds for one model
 
 Result = dict[str, Any]
 
@@ -101,14 +100,14 @@ def _work(name: str, pipe: Any) -> None:
         pipe.send({"failed": f"{type(failure).__name__}: {str(failure)[:300]}"})
 
 
-def run(name: str, context: Any) -> Result:
-    """One model in a process of its own."""
+def run(name: str, context: Any, limit: float) -> Result:
+    """One model in a process of its own, for `limit` seconds at most."""
     mine, theirs = context.Pipe()
     process = context.Process(target=_work, args=(name, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        return mine.recv() if mine.poll(TIME_LIMIT) else {"failed": f"no answer within {TIME_LIMIT:.0f} s"}
+        return mine.recv() if mine.poll(limit) else {"failed": f"no answer within {limit:.0f} s"}
     except EOFError:
         return {"failed": "the process crashed"}
     finally:
@@ -140,6 +139,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only names that match this regular expression")
     parser.add_argument("--sample", type=int, help="a seeded sample of so many instead of all")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="JSON lines: add results, skip those it has")
+    parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for one model (600)")
     arguments = parser.parse_args()
     from torch_models import names as all_names
 
@@ -159,7 +159,7 @@ def main() -> int:
         if name in results:
             continue
         begin = time.monotonic()
-        results[name] = run(name, context)
+        results[name] = run(name, context, arguments.limit)
         print(f"[{len(results)}/{len(names)}] {name} {time.monotonic() - begin:.0f} s {results[name]}", file=sys.stderr)
         if arguments.resume is not None:
             with arguments.resume.open("a") as file:
