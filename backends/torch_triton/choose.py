@@ -29,7 +29,7 @@ from xform.graph.atomic import write_bytes
 
 Timer = Callable[[Callable[..., Any], tuple[Any, ...]], float]
 _CALLS = 20
-_GAIN = 1.02  # a kernel has to be this much faster: timing is no more exact
+GAIN = 1.02  # what takes the place of torch's way has to be this much faster: timing is no more exact
 
 
 def cache_file() -> Path:
@@ -124,7 +124,7 @@ class _Chooser(Interpreter):
         except TritonError as error:  # it does not compile for this device, or needs more memory than that has
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return {"kernel_seconds": None, "torch_seconds": torchs, "keep": False, "failed": reason}
-        keep = torchs >= ours * _GAIN
+        keep = torchs >= ours * GAIN
         configurations = choices(kernel.tuner)
         return {"kernel_seconds": ours, "torch_seconds": torchs, "keep": keep, "configurations": configurations}
 

@@ -8,6 +8,7 @@ and in float32 many lose: both are timed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch.nn.functional as F
 from torch.fx import GraphModule
 
 from xform.backends.base import Choice
+from xform.backends.torch_triton.choose import GAIN
 from xform.backends.torch_triton.kernels.common import is_call, origins
-
-_GAIN = 1.02  # as for kernels: timing is no more exact
 
 
 class Layouts:
@@ -35,7 +35,7 @@ class Layouts:
         nodes: list[str] = []
         for node in module.graph.nodes:
             if is_call(node, F.conv2d) and node.args[1].op == "get_attr":
-                weight = _held(module, str(node.args[1].target))
+                weight = operator.attrgetter(str(node.args[1].target))(module)
                 found[id(weight)] = weight
                 nodes += origins(node)
         self._weights = list(found.values())
@@ -58,7 +58,7 @@ class Layouts:
             # unlike contiguous(), this sets the strides of 1x1 kernels too, by which torch takes its decision
             weight.data = weight.data.to(memory_format=torch.channels_last)
         last = seconds()
-        gains = first >= last * _GAIN
+        gains = first >= last * GAIN
         if not gains:
             for weight, data in zip(self._weights, before, strict=True):
                 weight.data = data
@@ -72,10 +72,3 @@ class Layouts:
         gain = "" if applied else ", which gains nothing: they stay first"
         reason = f"the module takes {last} with channels last, {first} with channels first{gain}"
         return Choice("channels_last", applied, self.nodes, reason, "conv")
-
-
-def _held(module: torch.nn.Module, target: str) -> torch.Tensor:
-    *path, leaf = target.split(".")
-    tensor = getattr(module.get_submodule(".".join(path)), leaf)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
