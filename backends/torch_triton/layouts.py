@@ -2,8 +2,8 @@
 
 cuDNN's kernels for half precision want channels last (NHWC) and else convert around each convolution. torch computes a
 convolution channels last if its weight or its input is, and what follows it element by element keeps that. So the
-weights alone decide for a whole module. A module whose convolutions alternate with flattened tokens may lose by it,
-and in float32 many lose: both are timed.
+weights alone decide for a whole module. A module whose convolutions alternate with flattened tokens may lose by it, and
+one in float32 may too: both are timed.
 """
 
 from __future__ import annotations
