@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from xform.backends.torch_triton.functions import activations
 from xform.backends.torch_triton.kernels import Finding, common, kernels
 
 
@@ -18,10 +19,20 @@ def fuse(module: GraphModule) -> list[Finding]:
     found: list[Finding] = []
     for part in module.modules():
         if isinstance(part, GraphModule):
+            _take_gelu_of_torch(part)
             for kernel in kernels().values():
                 found += kernel.fuse(part)
             found += fuse_linear(part)
     return found
+
+
+def _take_gelu_of_torch(module: GraphModule) -> None:
+    """The GELU that is exact on a CPU calls torch's on a GPU, which is what kernels look for."""
+    calls = module.graph.find_nodes(op="call_function", target=activations.gelu)
+    for node in calls:
+        node.target = F.gelu
+    if calls:
+        module.recompile()
 
 
 def counts(found: list[Finding]) -> dict[str, int]:

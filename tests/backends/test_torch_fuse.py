@@ -121,7 +121,7 @@ def test_what_is_no_bias_is_added_afterwards(shape: str) -> None:
 )  # fmt: skip
 def test_what_is_nearly_a_kernel_is_said(text: str, kernel: str, reason: str) -> None:
     module = to_torch(parse(f"g {text}"))
-    before = module.code
+    before = module.code.replace("xform_backends_torch_triton_functions_activations_gelu", "torch._C._nn.gelu")
     (finding,) = fuse(module)
     assert finding.kernel == kernel and reason in finding.missed and finding.nodes and finding.concept
     assert module.code == before

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x (1 + erf(x / sqrt(2))) / 2.
+
+    torch's own, but for float32 on a CPU: there its vectorized form takes erf from an approximation, by which GELU is
+    off by up to 1.2e-6 (torch 2.13, around 3.5; ONNX Runtime 4.5e-7). By erfc it is 3.8e-7, as nothing cancels.
+    """
+    if x.dtype is not torch.float32 or x.is_cuda:
+        return F.gelu(x)
+    return 0.5 * x * torch.erfc(x * -math.sqrt(0.5))
 
 
 def selu(x: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:

@@ -38,7 +38,9 @@ def softplus(site: Site) -> Any:
 
 @lowers("Gelu")
 def gelu(site: Site) -> Any:
-    return site.call(F.gelu, site.tensor(), approximate=site.attr("approximate", "none"))
+    if site.attr("approximate", "none") == "none":
+        return site.call(activations.gelu, site.tensor())
+    return site.call(F.gelu, site.tensor(), approximate=site.attr("approximate"))
 
 
 @lowers("Swish")
