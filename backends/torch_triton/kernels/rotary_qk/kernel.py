@@ -17,16 +17,16 @@ from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.rotary_qk import naive
 from xform.backends.torch_triton.kernels.tuning import many, tuned
 
-# one program turns some heads of one token: a single head is little work, and all of them share the tables
-CONFIGURATIONS = tuple(
-    triton.Config({"HEADS": heads}, num_warps=warps) for heads, warps in ((8, 4), (1, 1), (4, 2), (16, 4), (32, 8))
-)
+# One program turns some heads of one token: a single head is little work, and all of them share the tables. With 8
+# heads for each warp, a thread reads 16 bytes at once of heads of 64 in half precision; with 4, of heads of 128.
+_HEADS_AND_WARPS = ((8, 4), (1, 1), (4, 2), (8, 1), (16, 2), (16, 4), (32, 8))
+CONFIGURATIONS = tuple(triton.Config({"HEADS": heads}, num_warps=warps) for heads, warps in _HEADS_AND_WARPS)
 
 
 @triton.jit
 def _turn(  # type: ignore[no-untyped-def]
     source, result, cos, sin, begin, heads, head_size, turned, s1, s3,
-    INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PARTIAL: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = begin + tl.arange(0, HEADS).to(tl.int64)[:, None]
     pair = tl.arange(0, BLOCK)[None, :]
@@ -42,18 +42,20 @@ def _turn(  # type: ignore[no-untyped-def]
     b = tl.load(read + second * s3, mask=inside, other=0.0).to(WIDE)
     tl.store(write + first, (a * c - b * s).to(result.dtype.element_ty), mask=inside)
     tl.store(write + second, (a * s + b * c).to(result.dtype.element_ty), mask=inside)
-    for part in tl.static_range(2):  # head_size <= 2 BLOCK
-        rest = pair + part * BLOCK
-        kept = (rest >= turned) & (rest < head_size) & (head < heads)
-        tl.store(write + rest, tl.load(read + rest * s3, mask=kept, other=0.0), mask=kept)
+    if PARTIAL:
+        for part in tl.static_range(2):  # head_size <= 2 BLOCK
+            rest = pair + part * BLOCK
+            kept = (rest >= turned) & (rest < head_size) & (head < heads)
+            tl.store(write + rest, tl.load(read + rest * s3, mask=kept, other=0.0), mask=kept)
 
 
-@tuned(CONFIGURATIONS, key=("heads", "key_heads", "head_size", "INTERLEAVED", "MANY"))
+@tuned(CONFIGURATIONS, key=("heads", "key_heads", "head_size", "INTERLEAVED", "PARTIAL", "MANY"))
 @triton.jit
 def _rotary_qk(  # type: ignore[no-untyped-def]
     query, key, cos, sin, out_query, out_key, heads, key_heads, length, head_size, turned,
     q0, q1, q2, q3, k0, k1, k2, k3, c0, c1, s0, s1,
-    INTERLEAVED: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PARTIAL: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -64,12 +66,17 @@ def _rotary_qk(  # type: ignore[no-untyped-def]
     if part < parts:
         source = query + batch * q0 + step * q2
         result = out_query + place * heads * head_size
-        _turn(source, result, cos, sin, part * HEADS, heads, head_size, turned, q1, q3, INTERLEAVED, WIDE, HEADS, BLOCK)
+        _turn(
+            source, result, cos, sin, part * HEADS, heads, head_size, turned, q1, q3,
+            INTERLEAVED, PARTIAL, WIDE, HEADS, BLOCK,
+        )  # fmt: skip
     else:
         source = key + batch * k0 + step * k2
         result = out_key + place * key_heads * head_size
-        begin = (part - parts) * HEADS
-        _turn(source, result, cos, sin, begin, key_heads, head_size, turned, k1, k3, INTERLEAVED, WIDE, HEADS, BLOCK)
+        _turn(
+            source, result, cos, sin, (part - parts) * HEADS, key_heads, head_size, turned, k1, k3,
+            INTERLEAVED, PARTIAL, WIDE, HEADS, BLOCK,
+        )  # fmt: skip
 
 
 @triton_op("xform::rotary_qk", mutates_args={})
@@ -92,7 +99,7 @@ def rotary_qk(
     ](
         query, key, cos, sin, *results, heads, key_heads, length, size, 2 * cos.shape[-1],
         *query.stride(), *key.stride(), cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1),
-        INTERLEAVED=interleaved, MANY=many(batch * length),
+        INTERLEAVED=interleaved, PARTIAL=2 * cos.shape[-1] != size, MANY=many(batch * length),
         WIDE=tl.float64 if query.dtype is torch.float64 else tl.float32,
         BLOCK=triton.next_power_of_2(triton.cdiv(size, 2)),
     )  # fmt: skip
