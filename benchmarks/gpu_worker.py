@@ -62,6 +62,11 @@ def seconds_of(call: Call) -> float:
     return sorted(found)[len(found) // 2]
 
 
+def unlike(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each line once: layers are alike."""
+    return [line for index, line in enumerate(lines) if line not in lines[:index]]
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The main result of a call."""
     return output if isinstance(output, torch.Tensor) else next(iter(output.values()))
@@ -111,7 +116,15 @@ class Row:
             {key: line[key] for key in ("kernel", "shapes", "kernel_seconds", "torch_seconds", "keep")}
             for line in told.get("kernels", [])
         ]
-        return {"cuda_graph": told.get("cuda_graph"), "compile": told.get("compile"), "kernels": kernels}
+        products = [
+            {key: line[key] for key in ("shape", "widths", "packed_seconds", "separate_seconds", "packed")}
+            for line in told.get("products", [])
+        ]
+        graph, layout = told.get("cuda_graph"), told.get("layout")
+        return {
+            "cuda_graph": graph, "compile": told.get("compile"), "layout": layout, "kernels": kernels,
+            "products": unlike(products),
+        }  # fmt: skip
 
 
 def contenders(row: str, kinds: list[str]) -> Iterator[dict[str, Any]]:

@@ -49,12 +49,10 @@ def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -
         A line for each kind of call: kernel, concept, shapes, nodes (of each call), seconds of both, the configurations
         that Triton chose, and whether the kernel is kept.
     """
-    decisions = _read()
-    chooser = _Chooser(module, decisions, timer or cuda_seconds)
+    chooser = _Chooser(module, timer or cuda_seconds)
     with torch.no_grad():
         chooser.run(*inputs)
-    if chooser.measured:
-        _write(decisions)
+    chooser.decisions.save()
     for node in chooser.replaced:
         kernel = chooser.by_target[node.target]
         if kernel.restore is None:
@@ -76,21 +74,41 @@ def torch_alone(module: GraphModule) -> GraphModule:
     return GraphModule(module, graph)
 
 
+class Decisions:
+    """What was measured on this machine, in this process and earlier ones, by versions and way of timing."""
+
+    def __init__(self, timer: Timer) -> None:
+        import triton
+
+        self._known = _read()
+        self._measured = False
+        how = getattr(timer, "__name__", type(timer).__name__)
+        self._circumstances = f"torch {torch.__version__}, triton {triton.__version__}, {how}"
+
+    def of(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is known of `what`, else measured now; remembered, unless it failed."""
+        key = f"{self._circumstances}: {what}"
+        found: dict[str, Any] = self._known.get(key) or measure()
+        if "failed" not in found and key not in self._known:
+            self._known[key], self._measured = found, True
+        return found
+
+    def save(self) -> None:
+        """Write it down, if there is anything new."""
+        if self._measured:
+            _write(self._known)
+
+
 class _Chooser(Interpreter):
     """Runs a module and decides about each call of a kernel."""
 
-    def __init__(self, module: GraphModule, decisions: dict[str, Any], timer: Timer) -> None:
-        import triton
-
+    def __init__(self, module: GraphModule, timer: Timer) -> None:
         super().__init__(module)
-        self.decisions = decisions
+        self.decisions = Decisions(timer)
         self.timer = timer
         self.by_target: dict[Any, Kernel] = {_overload(kernel.op): kernel for kernel in kernels().values()}
         self.replaced: list[Node] = []
         self.lines: dict[str, dict[str, Any]] = {}
-        self.measured = False
-        how = getattr(timer, "__name__", type(timer).__name__)
-        self.circumstances = f"torch {torch.__version__}, triton {triton.__version__}, {how}"
 
     def run_node(self, n: Node) -> Any:
         """Time the call if it is one of a kernel, then run it."""
@@ -102,12 +120,11 @@ class _Chooser(Interpreter):
         return super().run_node(n)
 
     def _keep(self, kernel: Kernel, arguments: tuple[Any, ...], finding: Finding) -> bool:
-        key = f"{_device(arguments)}, {self.circumstances}: {kernel.name} {' '.join(map(_describe, arguments))}"
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        key = f"{device_of(tensors[0])}, {kernel.name} {' '.join(map(outline, arguments))}"
         if key not in self.lines:
-            found = self.decisions.get(key) or self._compare(kernel, arguments)
-            if "failed" not in found and key not in self.decisions:
-                self.decisions[key], self.measured = found, True
-            shapes = [list(a.shape) for a in arguments if isinstance(a, torch.Tensor)]
+            found = self.decisions.of(key, lambda: self._compare(kernel, arguments))
+            shapes = [list(tensor.shape) for tensor in tensors]
             start = {"kernel": kernel.name, "concept": finding.concept, "shapes": shapes, "nodes": []}
             self.lines[key] = {**start, **found}
         self.lines[key]["nodes"].append(list(finding.nodes))
@@ -161,12 +178,13 @@ def _overload(op: Any) -> Any:
     return getattr(op, "default", op)
 
 
-def _device(arguments: tuple[Any, ...]) -> str:
-    tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
+def device_of(tensor: torch.Tensor) -> str:
+    """The name of the device that it is on."""
     return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
 
 
-def _describe(argument: Any) -> str:
+def outline(argument: Any) -> str:
+    """What timing depends on: dtype, sizes and strides of a tensor, the value of anything else."""
     if isinstance(argument, torch.Tensor):
         return f"{argument.dtype}{list(argument.shape)}/{list(argument.stride())}".replace(" ", "")
     return str(argument)

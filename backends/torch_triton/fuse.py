@@ -53,6 +53,7 @@ def fuse_linear(module: GraphModule) -> list[Finding]:
             turned = module.graph.call_function(torch.t, (weight,))  # a view
             linear = module.graph.call_function(F.linear, (x, turned, bias))
         done.append(Finding("linear", "linear", common.origins(product, node)))
+        linear.meta["onnx_node"] = ", ".join(done[-1].nodes)
         common.swap(module, node, linear)
     return common.tidy(module, done)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 from torch.export import Dim
+from torch.fx import GraphModule
 
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
 from xform.errors import TargetError
@@ -89,7 +90,8 @@ def _exported(artifact: TorchArtifact, device: torch.device) -> Any:
     sizes = _sizes(inputs, artifact.examples)
     examples = tuple(_example(value, artifact.examples.get(value.name or ""), sizes, device) for value in inputs)
     shapes = tuple(_dynamic_dims(value) for value in inputs)
-    module = artifact.module.to(device)
+    # without the weights that it does not read, such as those that were packed into one
+    module = GraphModule(artifact.module, artifact.module.graph).to(device)
     try:
         with _quiet(), torch.no_grad():
             return torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from xform.backends.base import check_names
+from xform.backends.torch_triton import packing
 from xform.backends.torch_triton.choose import as_choices, choose, cuda_seconds, recorded_seconds, torch_alone
 from xform.backends.torch_triton.cuda_graphs import Replayer
 from xform.backends.torch_triton.layouts import Layouts
@@ -76,7 +77,11 @@ class TorchRunner:
         recorded = self._device.type == "cuda" and self._is_static()
         if self._device.type == "cuda":
             self._choose_layout(tensors, recorded=recorded)
-            measured = choose(self._module, tensors, recorded_seconds if recorded else cuda_seconds)
+            timer = recorded_seconds if recorded else cuda_seconds
+            products = packing.pack(self._module, tensors, timer)
+            self._artifact.metadata["products"] = products
+            self._artifact.choices += packing.as_choices(products)
+            measured = choose(self._module, tensors, timer)
             self._artifact.metadata["kernels"] = measured
             self._artifact.choices += as_choices(measured)
         plain: Callable[..., Any] = Replayer(self._module) if recorded else self._module

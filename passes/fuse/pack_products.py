@@ -8,7 +8,8 @@ Rules
    if every product has one that nothing else reads; otherwise each stays where it is.
 Left alone: a single product; weights that another operator reads, which would then be kept twice. Where it does not
 pay, a remark says so: on the CPU no size was found where it does (docs/onnxruntime-notes.md), so `largest_rows` is 0.
-Attention on ONNX Runtime takes its projections in on its own (`xform.backends.onnxruntime.attention_packed`).
+Attention on ONNX Runtime takes its projections in on its own (`xform.backends.onnxruntime.attention_packed`), and for
+GPUs products are packed where they run, by the clock (`xform.backends.torch_triton.packing`).
 
 The pass is exact, up to the order in which a runtime sums.
 """
@@ -74,7 +75,7 @@ class Pack(Rule):
         sizes = [dim for dim in shape[:-1] if isinstance(dim, int)]
         if len(sizes) == len(shape) - 1 and prod(sizes) <= self.largest_rows:
             return None
-        measured = f"{len(products)} products share their input; one with a Split was measured no faster here"
+        measured = f"{len(products)} products share their input; one with a Split was measured no faster on CPUs"
         if not self.largest_rows:
             return Failure(f"{measured}, for any number of rows", tuple(products))
         rows = str(prod(sizes)) if len(sizes) == len(shape) - 1 else "an unknown number of"

@@ -77,6 +77,19 @@ def test_channels_lie_where_it_is_faster(precision: str) -> None:
     assert got.is_contiguous(memory_format=torch.channels_last) is is_last
 
 
+def test_products_are_packed_where_it_is_faster() -> None:
+    weights = {name: floats(256, 256) / 16 for name in ("q", "k", "v")}
+    text = """g (float[8,256] x, float[256,256] q, float[256,256] k, float[256,256] v) => (float[8,256] z) {
+        a = MatMul(x, q) b = MatMul(x, k) c = MatMul(x, v) s = Mul(a, b) z = Add(s, c) }"""
+    model = parse(text, weights)
+    fast, here = xform.optimize(model, target="cuda"), xform.optimize(model, target="cpu")
+    x = torch.from_numpy(floats(8, 256))
+    for _ in range(2):
+        torch.testing.assert_close(fast(x.cuda())["z"].cpu(), here(x)["z"], rtol=1e-4, atol=1e-4)
+    (line,) = fast.artifact.metadata["products"]
+    assert line["widths"] == [256] * 3 and ("split(" in fast.artifact.module.code) is line["packed"]
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
 def test_integer_products_stay_on_the_device(dtype: str) -> None:
     model = parse(f"g ({dtype}[2,4] x, {dtype}[4,3] w) => ({dtype}[2,3] z) {{ y = MatMul(x, w) z = Add(y, y) }}")
