@@ -9,6 +9,8 @@ Wraps onnxscript's FoldConstantsPass. What it may evaluate is decided here:
 3. operands of at most `input_limit` elements, so that large weights are not loaded. A transposed weight is the
    exception: it becomes a lazy tensor, computed when the model is written or run;
 4. nothing that a graph output names.
+GatherElements is computed here: onnx 1.23's own evaluation fails beyond 32 choices, and for some shapes takes the wrong
+axis. It is how transformers looks up the token types of BERT.
 Default values of inputs are no constants. Constant nodes become initializers.
 """
 
@@ -27,7 +29,7 @@ from xform.passes.cleanup.library import LibraryPass
 
 _FOLDABLE = frozenset(
     "Abs Add And ArgMax ArgMin BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip Concat "  # noqa: SIM905
-    "ConstantOfShape Cos CumSum Div Equal Exp Expand Flatten Floor Gather GatherElements GatherND Greater "
+    "ConstantOfShape Cos CumSum Div Equal Exp Expand Flatten Floor Gather GatherND Greater "
     "GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Mean Min Mod Mul Neg Not OneHot Or Pad Pow Range "
     "Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape ScatterElements ScatterND Shape "
     "Sigmoid Sign Sin Size Slice Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where Xor".split()
@@ -57,6 +59,7 @@ class FoldConstants(LibraryPass):
     def apply(self, model: ir.Model) -> bool:
         transposed = self._transpose_lazily(model.graph)
         decide = _Decision(self, model.opset_imports.get("", 1))
+        gathered = _gather_elements(model.graph, decide)
         folded = onnxscript_folding.FoldConstantsPass(
             shape_inference=False,
             input_size_limit=self.input_limit,
@@ -64,7 +67,7 @@ class FoldConstants(LibraryPass):
             should_fold=decide,
         )(model).modified
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        return bool(transposed or folded or lifted)
+        return bool(transposed or gathered or folded or lifted)
 
     def _transpose_lazily(self, graph: ir.Graph) -> bool:
         """Transpose of a large constant that nothing else reads: a lazy initializer takes its place."""
@@ -101,6 +104,34 @@ def _replace_by_transposed(graph: ir.Graph, node: ir.Node, tensor: ir.TensorProt
         graph.initializers.pop(source.name, None)
 
 
+def _gather_elements(graph: ir.Graph, decide: _Decision) -> bool:
+    """An initializer in place of each GatherElements of constants."""
+    changed = False
+    for node in list(graph):
+        if node.op_type != "GatherElements" or node.domain not in ONNX_DOMAINS or not decide.fits(node):
+            continue
+        data, indices = constant(node.inputs[0]), constant(node.inputs[1])
+        axis = int(attribute(node, "axis", 0))
+        if data is None or indices is None or data.ndim != indices.ndim or not -data.ndim <= axis < data.ndim:
+            continue
+        axis %= data.ndim
+        count = data.shape[axis]
+        if indices.size and not (-count <= indices.min() and indices.max() < count):
+            continue  # a runtime says so better
+        others = tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(indices.shape))
+        output = node.outputs[0]
+        name = output.name or "gathered"
+        result = ir.tensor(np.take_along_axis(data[others], indices % max(count, 1), axis), name=name)
+        output.name = f"{name}_folded"
+        shape = ir.Shape(indices.shape)
+        value = ir.Value(name=name, type=ir.TensorType(result.dtype), shape=shape, const_value=result)
+        graph.register_initializer(value)
+        output.replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+        changed = True
+    return changed
+
+
 @dataclass
 class _Decision:
     """Answers the library's question whether a node of constants is to be evaluated."""
@@ -110,16 +141,19 @@ class _Decision:
     grown: int = field(default=0)
 
     def __call__(self, node: ir.Node) -> bool:
-        if node.domain not in ONNX_DOMAINS or node.op_type not in _FOLDABLE or len(node.outputs) != 1:
-            return False
+        foldable = node.domain in ONNX_DOMAINS and node.op_type in _FOLDABLE and len(node.outputs) == 1
+        return foldable and self.fits(node) and _meaning_agrees(node)
+
+    def fits(self, node: ir.Node) -> bool:
+        """Whether all operands are constants, no output is the graph's, and sizes are within bounds."""
         if any(v.is_graph_output() for v in node.outputs):
             return False
         tensors = [constant_tensor(v) for v in node.inputs if v is not None]
         if any(t is None or t.dtype not in _NUMBERS or t.size > self.options.input_limit for t in tensors):
             return False
-        return self._fits(node, [t for t in tensors if t is not None]) and _meaning_agrees(node)
+        return self._grows_little(node, [t for t in tensors if t is not None])
 
-    def _fits(self, node: ir.Node, operands: list[ir.TensorProtocol]) -> bool:
+    def _grows_little(self, node: ir.Node, operands: list[ir.TensorProtocol]) -> bool:
         output = node.outputs[0]
         if output.shape is None or output.dtype is None or not output.shape.is_static():
             infer_node(node, self.opset)
