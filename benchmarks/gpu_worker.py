@@ -72,6 +72,15 @@ def first_tensor(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else next(iter(output.values()))
 
 
+def is_dead() -> bool:
+    """Whether the device answers nothing any more."""
+    try:
+        wait()
+    except RuntimeError:
+        return True
+    return False
+
+
 class Row:
     """One model with its contenders; what they share is made once."""
 
@@ -144,7 +153,7 @@ def contenders(row: str, kinds: list[str]) -> Iterator[dict[str, Any]]:
                 yield {"kind": kind, "seconds": seconds_of(call), "error": error, "ready": ready, **shared.facts(kind)}
             except Exception as failure:  # the others are to be measured all the same
                 yield {"kind": kind, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
-                if isinstance(failure, torch.AcceleratorError):
+                if is_dead():
                     os._exit(0)  # nothing works on the device after it, not even an orderly end; the rest starts anew
         del call
         if DEVICE == "cuda":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,15 @@ def test_the_package_exports_its_interface() -> None:
         assert getattr(xform, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = xform.nonsense
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported() -> None:
+    program = """
+from importlib import metadata
+def version(name): raise metadata.PackageNotFoundError(name)
+metadata.version = version
+import xform
+print(xform.__version__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip() == "0+unknown", done.stderr

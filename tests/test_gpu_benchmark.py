@@ -141,3 +141,16 @@ def test_a_worker_is_stopped_when_a_contender_takes_too_long(
     monkeypatch.setattr(gpu, "PATIENCE", 1.0)
     begun, last = gpu.worker_lines("vit_b/1", ["eager"], False, time.monotonic() + 60)
     assert begun == {"begun": 1} and stopped in last["stopped"]
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_a_worker_ends_only_where_the_device_is_lost(is_dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_worker
+
+    def wait() -> None:
+        if is_dead:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_worker, "wait", wait)
+    assert gpu_worker.is_dead() is is_dead

@@ -38,7 +38,10 @@ __all__ = [
     "optimize",
 ]
 
-__version__ = metadata.version("xform")
+try:
+    __version__ = metadata.version("xform")
+except metadata.PackageNotFoundError:  # a checkout that is run without being installed
+    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

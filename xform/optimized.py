@@ -246,7 +246,7 @@ def _oracle(
     callee = module.module() if isinstance(module, ExportedProgram) else module
 
     def run(inputs: Mapping[str, Any]) -> Sequence[Any]:
-        tensors = {name: torch.as_tensor(value).to(example[name].dtype).clone() for name, value in inputs.items()}
+        tensors = {name: torch.as_tensor(value).to(example[name]).clone() for name, value in inputs.items()}
         args, kwargs = captured.call_form(tensors)
         with evaluating(callee):
             return captured.leaves(callee(*args, **kwargs))

@@ -68,10 +68,15 @@ def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -
 def torch_alone(module: GraphModule) -> GraphModule:
     """The module with torch in place of all Triton kernels, parameters shared: what a compiler can fuse by itself."""
     graph = copy.deepcopy(module.graph)
-    twins = {_overload(kernel.op): kernel.naive for kernel in kernels().values() if kernel.tuner is not None}
+    twins = naive_twins()
     for node in graph.nodes:
         node.target = twins.get(node.target, node.target) if node.op == "call_function" else node.target
     return GraphModule(module, graph)
+
+
+def naive_twins() -> dict[Any, Any]:
+    """What torch runs in place of each Triton kernel, by the target of its calls."""
+    return {_overload(kernel.op): kernel.naive for kernel in kernels().values() if kernel.tuner is not None}
 
 
 class Decisions:
@@ -117,6 +122,7 @@ class _Chooser(Interpreter):
             arguments, _ = self.fetch_args_kwargs_from_env(n)
             if not self._keep(kernel, arguments, n.meta["finding"]):
                 self.replaced.append(n)
+                return kernel.naive(*arguments)  # it may not even compile for this device
         return super().run_node(n)
 
     def _keep(self, kernel: Kernel, arguments: tuple[Any, ...], finding: Finding) -> bool:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Interpreter, Node
 
 from xform.backends.base import Choice
-from xform.backends.torch_triton.choose import GAIN, Decisions, Timer, device_of, outline
+from xform.backends.torch_triton.choose import GAIN, Decisions, Timer, device_of, naive_twins, outline
 from xform.backends.torch_triton.kernels.common import is_call, origins, swap
 from xform.backends.torch_triton.lower.parameters import register
 
@@ -145,6 +145,7 @@ class _Measuring(Interpreter):
 
     def __init__(self, module: GraphModule, groups: list[_Group], timer: Timer) -> None:
         super().__init__(module)
+        self.twins = naive_twins()
         self.groups = {group[0].node: group for group in groups}
         self.timer = timer
         self.decisions = Decisions(timer)
@@ -157,6 +158,10 @@ class _Measuring(Interpreter):
             (x, *_), _ = self.fetch_args_kwargs_from_env(n)
             self.lines[n] = self._decided(group, x)
         return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Kernels by torch: which of them run on this device is settled later."""
+        return super().call_function(self.twins.get(target, target), args, kwargs)
 
     def _decided(self, group: _Group, x: torch.Tensor) -> Line:
         weights, biases = _tensors(self.module, group)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +60,14 @@ class TorchRunner:
                 for name, tensor in zip(self.input_names, tensors, strict=True)
                 if tensor is not None
             }
-        with torch.no_grad():
+        with torch.no_grad(), self._convolving():
             try:
                 if self._call is None:
                     self._call = self._chosen(tensors)
                 outputs = self._call(*tensors)
                 if isinstance(self._call, Replayer):
                     self._artifact.metadata["cuda_graph"] = self._call.refused or "recorded"
-            except (RuntimeError, IndexError, ValueError) as error:
+            except _failures() as error:
                 raise _run_error(error) from error
         return [_output(output, devices[0] if devices else None) for output in outputs]
 
@@ -99,12 +102,16 @@ class TorchRunner:
         self._artifact.metadata["compile"] = {"asked": mode, "chosen": chosen, "seconds": seconds}
         return contenders[chosen]
 
+    def _convolving(self) -> contextlib.AbstractContextManager[None]:
+        """Without TF32, which torch allows in convolutions (not in products), where float32 is what was asked for."""
+        asked = self._device.type == "cuda" and self._artifact.precision is None
+        return _ieee_convolutions() if asked else contextlib.nullcontext()
+
     def _choose_layout(self, tensors: list[Any], *, recorded: bool) -> None:
         """Channels of images first or last, as is faster on the first inputs; a recording for each is timed."""
         layouts = Layouts(self._module)
-        measured = layouts.choose(
-            lambda: _seconds(Replayer(self._module) if recorded else self._module, tensors, self._device)
-        )
+        module = torch_alone(self._module)  # has the same weights; which kernels run on this device is settled later
+        measured = layouts.choose(lambda: _seconds(Replayer(module) if recorded else module, tensors, self._device))
         if measured is not None:
             self._artifact.metadata["layout"] = measured
             self._artifact.choices.append(layouts.as_choice(measured))
@@ -186,6 +193,37 @@ def _seconds(call: Callable[..., Any], tensors: list[Any], device: torch.device)
         if index >= 2:
             best = min(best, time.perf_counter() - start)
     return best
+
+
+@contextlib.contextmanager
+def _ieee_convolutions() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:  # the caller set it by operator, which the old setting refuses to answer for
+        by_operator: Any = cudnn
+        precision, by_operator.conv.fp32_precision = by_operator.conv.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            by_operator.conv.fp32_precision = precision
+        return
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
+@functools.cache
+def _failures() -> tuple[type[Exception], ...]:
+    """What torch raises, and Triton where a kernel does not compile for the sizes at hand."""
+    found = (RuntimeError, IndexError, ValueError)
+    if importlib.util.find_spec("triton") is None:
+        return found
+    from triton.errors import TritonError
+
+    return (*found, TritonError)
 
 
 def _run_error(error: Exception) -> TargetError:

@@ -10,6 +10,7 @@ import torch
 from support import floats, parse, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xform.backends.torch_triton.functions.attention import grouped_attention
 from xform.backends.torch_triton.lower import to_torch
 
 B, S, H, D = 2, 5, 3, 4
@@ -120,3 +121,41 @@ def test_constant_masks(mask: np.ndarray, attributes: str, has_mask: bool, is_ca
 def test_rows_are_looked_after_only_where_they_can_be_empty() -> None:
     assert "empty_rows" not in masked(BAND)[0]
     assert "empty_rows" in masked(EMPTY)[0] and "empty_rows" in masked(~PAST, "<is_causal = 1>")[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "masked", "device", "shared"),
+    [
+        (torch.bfloat16, 64, False, "cuda", True),
+        (torch.bfloat16, 64, True, "cuda", False),
+        (torch.float32, 64, False, "cuda", False),
+        (torch.float16, 320, False, "cuda", False),
+        (torch.float32, 64, True, "cpu", True),
+    ],
+)
+def test_shared_key_heads_are_repeated_for_kernels_that_do_not_take_them(
+    dtype: torch.dtype, size: int, masked: bool, device: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `enable_gqa` torch falls back to all scores in memory, on a GPU, where flash attention does not apply."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    calls: list[tuple[int, bool]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+        assert k.shape == v.shape
+        calls.append((k.shape[1], options["enable_gqa"]))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    with FakeTensorMode():  # as on a GPU, but for the numbers
+        query, key = (torch.empty(1, heads, 8, size, dtype=dtype, device=device) for heads in (6, 2))
+        mask = torch.empty(8, 8, dtype=torch.bool, device=device) if masked else None
+        grouped_attention(query, key, key, mask)
+    assert calls == [(2, True) if shared else (6, False)]
+
+
+def test_repeated_heads_are_those_of_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (torch.from_numpy(floats(2, heads, 5, 8)) for heads in (6, 2, 2))
+    want = grouped_attention(query, key, value, is_causal=True, scale=0.3)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    torch.testing.assert_close(grouped_attention(query, key, value, is_causal=True, scale=0.3), want)

@@ -250,3 +250,33 @@ def test_compiled_modules_are_kept_only_where_they_are_faster() -> None:
     np.testing.assert_allclose(fast(x)["z"], run(model, {"x": x})[0], rtol=1e-4, atol=1e-5)
     found = fast.artifact.metadata["compile"]
     assert found["chosen"] == min(found["seconds"], key=found["seconds"].get)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_convolutions_in_float32_are_not_rounded_to_tf32(allowed: bool) -> None:
+    from xform.backends.torch_triton.runner import _ieee_convolutions
+
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = allowed
+        with pytest.raises(ValueError, match="here"), _ieee_convolutions():
+            assert not cudnn.allow_tf32 and cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
+            raise ValueError("here")
+        assert cudnn.allow_tf32 is allowed
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def test_a_precision_that_was_set_by_operator_comes_back() -> None:
+    from xform.backends.torch_triton.runner import _ieee_convolutions
+
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        with _ieee_convolutions():
+            assert cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "ieee")  # type: ignore[attr-defined]
+    finally:
+        cudnn.allow_tf32 = before

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled for the GPU here, and these tests run on the CPU", allow_module_level=True)
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from support import floats, parse
 
@@ -102,6 +103,28 @@ def test_a_kernel_that_does_not_compile_leaves_torch_and_is_said() -> None:
     again, clock = module_and_inputs()[0], Clock("gated_unit")
     choose(again, inputs, clock)
     assert clock.calls > 0  # it may run with other versions
+
+
+def test_a_kernel_that_cannot_be_launched_is_not_run_by_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from xform.backends.torch_triton.packing import pack
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    text = """g (float[2,3,8] x, float[2,3,8] r, float[8] n, float[8,8] w, float[8,8] v) => (float a, float b) {
+        s = Add(x, r) y = RMSNormalization(s, n) a = MatMul(y, w) b = MatMul(y, v) }"""
+    module = to_torch(parse(text, {"n": floats(8), "w": floats(8, 8), "v": floats(8, 8)}))
+    inputs = [torch.from_numpy(floats(2, 3, 8)) for _ in range(2)]
+    want = module(*inputs)
+    assert counts(fuse(module)) == {"residual_norm": 1}
+    monkeypatch.setattr(kernels()["residual_norm"].tuner, "run", refuse)
+    assert len(pack(module, inputs, wall_seconds)) == 1
+    (line,) = choose(module, inputs, wall_seconds)
+    assert "shared memory" in line["failed"] and "ops.xform" not in module.code
+    for got, wanted in zip(module(*inputs), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_another_way_of_timing_is_another_decision() -> None:

@@ -211,6 +211,32 @@ def test_torch_operators_are_called_as_they_were() -> None:
     torch.testing.assert_close(module(x, a)[0], Module()(x, a))
 
 
+def test_torch_operators_are_on_the_device_of_the_run() -> None:
+    """A module is captured on one device and runs on another."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.kaiser_window(4)
+
+    from xform.capture.torch_module import capture_torch
+
+    x = torch.rand(4)
+    module = to_torch(capture_torch(Module(), (x,)).model)
+    torch.testing.assert_close(module(x)[0], Module()(x))
+    assert "kaiser_window" in module.code and "device(type" not in module.code
+
+
+def test_mel_weights_are_on_the_device_of_the_run() -> None:
+    text = """g (float[9,2] x, int64 n) => (float[9,2] y) {
+        d = Constant<value_int = 16>() r = Constant<value_int = 8192>() l = Constant<value_float = 0.0>()
+        h = Constant<value_float = 4096.0>() w = MelWeightMatrix(n, d, r, l, h) y = Mul(x, w) }"""
+    module = to_torch(parse(text))
+    (node,) = (node for node in module.graph.nodes if "mel_weights" in str(node.target))
+    assert node.args[-1].op == "placeholder"
+    weights = node.target(2, 16, 8192, 0.0, 4096.0, torch.float32, torch.empty(1, device="meta"))
+    assert weights.device.type == "meta" and weights.shape == (9, 2)
+
+
 def test_unsigned_division_beyond_the_sign_bit() -> None:
     text = "g (uint64[4] x, uint64[4] y) => (uint64[4] q, uint64[4] r) { q = Div(x, y) r = Mod(x, y) }"
     x = np.array([2**64 - 1, 2**63, 2**64 - 1, 5], np.uint64)

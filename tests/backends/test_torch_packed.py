@@ -87,6 +87,15 @@ def test_equals_attention_with_padding(mask: str, pads: str, monkeypatch: pytest
             assert calls[0][-1] is True
 
 
+def test_flash_attention_is_never_told_of_single_queries() -> None:
+    """It would lay shared key heads out by the number of sequences, of which the first may be empty."""
+    valid = torch.tensor([True, False, True, False])
+    places = torch.tensor([[0, 0], [1, 0]])
+    mask = valid.reshape(2, 1, 1, 2)
+    found = padding.plan(valid, places, mask)
+    assert found is not None and found.longest == 2 and found.starts.tolist() == [0, 0, 1, 2]
+
+
 def test_sizes_that_are_known_only_when_it_runs() -> None:
     module = packed(model_of("boolean", dynamic=True))
     assert counts(fuse(module)) == {"packed_attention": 1}

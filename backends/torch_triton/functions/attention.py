@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+HALVES = (torch.float16, torch.bfloat16)
+MAX_HEAD = 256  # elements; more than flash attention has
+
 
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, S, H D] as [B, H, S, D]."""
@@ -77,6 +80,29 @@ def empty_rows(mask: torch.Tensor) -> torch.Tensor:
 def lifted(mask: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
     """The mask with empty rows opened, whose softmax would be NaN in some kernels."""
     return mask | empty if mask.dtype is torch.bool else mask.masked_fill(empty, 0.0)
+
+
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """scaled_dot_product_attention whose key heads serve several query heads each.
+
+    On a GPU only flash attention takes them so: half precision, no mask, heads of one size up to 256. Elsewhere torch
+    would fall back to products that write all scores to memory, so keys and values are repeated for the other kernels.
+    """
+    sizes = query.shape[-1], value.shape[-1]
+    flash = query.dtype in HALVES and attn_mask is None and sizes[0] == sizes[1] <= MAX_HEAD
+    groups = query.shape[1] // key.shape[1]
+    if query.is_cuda and not flash:
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
+    )
 
 
 def attend_in_steps(

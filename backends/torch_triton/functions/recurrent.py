@@ -58,6 +58,8 @@ def _run(x: torch.Tensor, state: tuple[torch.Tensor, ...], lengths: torch.Tensor
 
 def _directions(
     x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
     states: Sequence[torch.Tensor | None],
     hidden: int,
     lengths: torch.Tensor | None,
@@ -65,6 +67,7 @@ def _directions(
     batch_first: bool,
     step_of: Callable[[int], Step],
 ) -> tuple[torch.Tensor, ...]:
+    """Steps get x w^T + b, which is one product for all of them."""
     x = x.transpose(0, 1) if batch_first else x
     count = 2 if direction == "bidirectional" else 1
     zero = x.new_zeros((count, x.shape[1], hidden))
@@ -72,7 +75,8 @@ def _directions(
     outputs, finals = [], []
     for d in range(count):
         backward = direction == "reverse" or d == 1
-        result, final = _run(x, tuple(s[d] for s in begun), lengths, step_of(d), backward)
+        projected = F.linear(x, w[d], None if b is None else b[d, : w.shape[1]])
+        result, final = _run(projected, tuple(s[d] for s in begun), lengths, step_of(d), backward)
         outputs.append(result)
         finals.append(final)
     every = torch.stack(outputs, 1)  # [T, D, B, H]
@@ -82,8 +86,9 @@ def _directions(
     return every, *last
 
 
-def _bias(b: torch.Tensor | None, d: int, gates: int, hidden: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, None) if b is None else (b[d, : gates * hidden], b[d, gates * hidden :])
+def _bias(b: torch.Tensor | None, d: int) -> torch.Tensor | None:
+    """The bias of the product with the state."""
+    return None if b is None else b[d].chunk(2)[1]
 
 
 def rnn(
@@ -102,11 +107,11 @@ def rnn(
     """h' = f(x w^T + h r^T + b)."""
 
     def step_of(d: int) -> Step:
-        wb, rb = _bias(b, d, 1, r.shape[-1])
+        rb = _bias(b, d)
         f = _function(activations[d], clip)
-        return lambda xt, state: (f(F.linear(xt, w[d], wb) + F.linear(state[0], r[d], rb)),)
+        return lambda xt, state: (f(xt + F.linear(state[0], r[d], rb)),)
 
-    return _directions(x, [initial], r.shape[-1], lengths, direction, batch_first, step_of)
+    return _directions(x, w, b, [initial], r.shape[-1], lengths, direction, batch_first, step_of)
 
 
 def gru(
@@ -130,14 +135,14 @@ def gru(
     hidden = r.shape[-1]
 
     def step_of(d: int) -> Step:
-        wb, rb = _bias(b, d, 3, hidden)
+        rb = _bias(b, d)
         f, g = (_function(a, clip) for a in activations[2 * d : 2 * d + 2])
         candidate = r[d, 2 * hidden :]
         candidate_bias = None if rb is None else rb[2 * hidden :]
 
         def step(xt: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             h = state[0]
-            xz, xr, xn = F.linear(xt, w[d], wb).split(hidden, -1)
+            xz, xr, xn = xt.split(hidden, -1)
             hz, hr = F.linear(h, r[d, : 2 * hidden], None if rb is None else rb[: 2 * hidden]).split(hidden, -1)
             z, reset = f(xz + hz), f(xr + hr)
             if linear_before_reset:
@@ -148,7 +153,7 @@ def gru(
 
         return step
 
-    return _directions(x, [initial], hidden, lengths, direction, batch_first, step_of)
+    return _directions(x, w, b, [initial], hidden, lengths, direction, batch_first, step_of)
 
 
 def lstm(
@@ -170,13 +175,13 @@ def lstm(
     hidden = r.shape[-1]
 
     def step_of(d: int) -> Step:
-        wb, rb = _bias(b, d, 4, hidden)
+        rb = _bias(b, d)
         f, g, last = (_function(a, clip) for a in activations[3 * d : 3 * d + 3])
         pi, po, pf = (None,) * 3 if peepholes is None else peepholes[d].split(hidden, -1)
 
         def step(xt: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             h, cell = state
-            i, o, forget, c = (F.linear(xt, w[d], wb) + F.linear(h, r[d], rb)).split(hidden, -1)
+            i, o, forget, c = (xt + F.linear(h, r[d], rb)).split(hidden, -1)
             if pi is not None and pf is not None:
                 i, forget = i + pi * cell, forget + pf * cell
             cell = f(forget) * cell + f(i) * g(c)
@@ -185,4 +190,4 @@ def lstm(
 
         return step
 
-    return _directions(x, [initial, initial_cell], hidden, lengths, direction, batch_first, step_of)
+    return _directions(x, w, b, [initial, initial_cell], hidden, lengths, direction, batch_first, step_of)

@@ -44,8 +44,14 @@ def stft(x: torch.Tensor, step: int, window: torch.Tensor | None, length: int | 
     return torch.view_as_real(spectrum)
 
 
-def mel_weights(bins: int, dft_length: int, rate: int, low: float, high: float, dtype: torch.dtype) -> torch.Tensor:
-    """MelWeightMatrix: triangles [dft_length / 2 + 1, bins] whose edges are evenly spaced in mel."""
+def mel_weights(
+    bins: int, dft_length: int, rate: int, low: float, high: float, dtype: torch.dtype, like: torch.Tensor | None
+) -> torch.Tensor:
+    """MelWeightMatrix: triangles [dft_length / 2 + 1, bins] whose edges are evenly spaced in mel.
+
+    Args:
+        like: On whose device the result is; None for the CPU, where it is computed.
+    """
 
     def mel(hertz: float) -> float:
         return 2595 * math.log10(1 + hertz / 700)
@@ -65,4 +71,4 @@ def mel_weights(bins: int, dft_length: int, rate: int, low: float, high: float, 
         if upper > centre:
             fall = torch.arange(centre, upper)
             result[fall, i] = (upper - fall).to(torch.float64) / (upper - centre)
-    return result.to(dtype)
+    return result.to(dtype=dtype, device=None if like is None else like.device)

@@ -79,15 +79,14 @@ def _fused(site: Site, query: Node, key: Node, value: Node) -> Node:
         options["is_causal"] = True
     if site.attr("scale") is not None:
         options["scale"] = site.attr("scale")
-    if _grouped(site):
-        options["enable_gqa"] = True
+    attend = attention.grouped_attention if _grouped(site) else F.scaled_dot_product_attention
     bounded = site.has(6) or site.attr("left_window_size", -1) >= 0 or not _full(site)
     if mask is not None and bounded:  # a row that may attend nothing is 0, which not every kernel of torch keeps to
         empty = site.once(attention.empty_rows, mask)
         options["attn_mask"] = site.once(attention.lifted, mask, empty)
-        result = site.call(F.scaled_dot_product_attention, query, key, value, **options)
+        result = site.call(attend, query, key, value, **options)
         return site.call(torch.where, empty, 0.0, result)  # keeps the strides, so the merge of heads stays a view
-    return site.call(F.scaled_dot_product_attention, query, key, value, **options)
+    return site.call(attend, query, key, value, **options)
 
 
 def _meaning(site: Site) -> str | None:

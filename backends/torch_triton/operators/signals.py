@@ -32,4 +32,4 @@ def mel_weights(site: Site) -> Any:
     counts = [site.demand_ints(i).items[0] for i in range(3)]
     edges = [site.call(float, site.tensor(i)) for i in (3, 4)]
     dtype = site.torch_dtype(ir.DataType(site.attr("output_datatype", 1)))
-    return site.call(signals.mel_weights, *counts, *edges, dtype)
+    return site.call(signals.mel_weights, *counts, *edges, dtype, site.like())

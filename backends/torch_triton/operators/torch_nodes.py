@@ -89,7 +89,8 @@ def _value(site: Site, kind: Any, value: Any) -> Any:
             return site.emitter.precision.dtype
         return found
     if isinstance(value, str) and "Device" in text:
-        return torch.device(value)
+        like = site.like()  # captured on another device than it will run on, perhaps
+        return torch.device(value) if like is None else site.call(getattr, like, "device")
     if "bool" in text and isinstance(value, int):
         return bool(value)
     if "bool" in text and isinstance(value, (list, tuple)):

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from xform.backends.torch_triton.functions.attention import HALVES
 from xform.backends.torch_triton.kernels import common
 from xform.backends.torch_triton.kernels.packed_attention import naive
 from xform.backends.torch_triton.kernels.packed_attention.match import fuse
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def packed_attention(
@@ -24,7 +23,7 @@ def packed_attention(
     is_causal: bool,
 ) -> torch.Tensor:
     """See `naive.packed_attention`. Flash attention on a GPU in half precision; elsewhere sequence by sequence."""
-    if query.is_cuda and query.dtype in _HALVES:
+    if query.is_cuda and query.dtype in HALVES:
         from torch.nn.attention.varlen import varlen_attn
 
         options: dict[str, Any] = {} if scale is None else {"scale": scale}

@@ -41,7 +41,7 @@ def fuse(module: GraphModule) -> list[common.Finding]:
     found: list[common.Finding] = []
     plans: dict[tuple[Node, Node], Node] = {}
     for node in list(module.graph.nodes):
-        if not common.is_call(node, F.scaled_dot_product_attention):
+        if not common.is_call(node, F.scaled_dot_product_attention, attention.grouped_attention):
             continue
         operands = [_operand(x) for x in node.args]
         if not any(operands):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
+
+from xform.backends.torch_triton.functions.attention import grouped_attention
 
 
 def packed_attention(
@@ -33,8 +34,6 @@ def packed_attention(
         if begin == end:
             continue
         q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
-        found = F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        found = grouped_attention(q, k, v, is_causal=is_causal, scale=scale)
         result[begin:end] = found[0].transpose(0, 1)
     return result

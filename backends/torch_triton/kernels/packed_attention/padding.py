@@ -12,11 +12,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from xform.backends.torch_triton.functions.attention import empty_rows, lifted, merge_heads
+from xform.backends.torch_triton.functions.attention import (
+    HALVES,
+    MAX_HEAD,
+    empty_rows,
+    grouped_attention,
+    lifted,
+    merge_heads,
+)
 
 _CLOSED = -1e4  # a mask at most this low leaves a weight of exp(-10000), which is 0 in every dtype here
-_HALVES = (torch.float16, torch.bfloat16)
-_MAX_HEAD = 256  # elements; more than flash attention has
 
 
 class Plan(NamedTuple):
@@ -24,7 +29,7 @@ class Plan(NamedTuple):
 
     Attributes:
         starts: int32, where each begins, then the number of rows.
-        longest: Length of the longest.
+        longest: Length of the longest, at least 2.
         is_causal: Whether a token sees only those before it.
     """
 
@@ -60,7 +65,9 @@ def plan(valid: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> Plan 
     is_full, is_causal, is_sharp, longest = torch.stack((full, causal, sharp, lengths.max())).tolist()
     if not is_sharp or not (is_full or is_causal):
         return None
-    return Plan(starts, longest, not is_full)
+    # with one query for each sequence flash attention lays shared key heads out by the number of sequences, which
+    # fails where one is empty
+    return Plan(starts, max(longest, 2), not is_full)
 
 
 def attend(
@@ -95,9 +102,7 @@ def attend(
         return packed_attention(q, k, v, found.starts, found.longest, scale, found.is_causal).flatten(1)
     q, k, v = (part[places.reshape(-1)].unflatten(0, places.shape).transpose(1, 2) for part in parts)
     empty = empty_rows(mask)
-    result = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=lifted(mask, empty), scale=scale, enable_gqa=heads[0] != heads[1]
-    )
+    result = grouped_attention(q, k, v, lifted(mask, empty), scale=scale)
     return merge_heads(torch.where(empty, 0.0, result)).flatten(0, 1).index_select(0, rows)
 
 
@@ -106,4 +111,4 @@ def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     if not query.is_cuda:
         return True
     size = query.shape[-1]
-    return query.dtype in _HALVES and size == value.shape[-1] and size % 8 == 0 and size <= _MAX_HEAD
+    return query.dtype in HALVES and size == value.shape[-1] and size % 8 == 0 and size <= MAX_HEAD

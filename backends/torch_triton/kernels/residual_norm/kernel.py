@@ -38,7 +38,9 @@ def _residual_norm(  # type: ignore[no-untyped-def]
         centred = value
     else:
         centred = tl.where(inside, value - tl.sum(value, 0) / columns, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + epsilon)
+    # torch.compile passes Python's floats on as float64, to which everything behind would be widened
+    small = tl.full((), epsilon, WIDE)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + small)
     normed = centred * scale * tl.load(weight + at, mask=inside, other=0.0).to(WIDE)
     if HAS_BIAS:
         normed += tl.load(bias + at, mask=inside, other=0.0).to(WIDE)
