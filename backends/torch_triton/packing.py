@@ -102,7 +102,8 @@ def _groups(module: GraphModule) -> list[_Group]:
         names = tuple(product.weight for product in group)
         if len(set(names)) < 2 or len(set(names)) < len(names):
             continue
-        if all(taken.setdefault(name, names) == names for name in names):
+        if all(taken.get(name, names) == names for name in names):
+            taken.update(dict.fromkeys(names, names))
             found.append(group)
     return found
 

@@ -139,15 +139,16 @@ def test_what_is_no_group_is_not_timed(body: str) -> None:
 
 
 def test_a_weight_is_packed_with_the_same_others_everywhere() -> None:
-    """Else it would be kept twice."""
+    """Else it would be kept twice. What stays apart by this rule keeps no other group from being packed."""
+    head = HEAD.replace("float[8,4] v,", "float[8,4] v, float[8,5] w,")
     text = (
-        HEAD
-        + """(float a, float b, float c, float d) {
-        a = MatMul(x, q) b = MatMul(x, k) y = Relu(x) c = MatMul(y, k) d = MatMul(y, v) }"""
+        head
+        + """(float a, float b, float c, float d, float e, float f) {
+        a = MatMul(x, q) b = MatMul(x, k) y = Relu(x) c = MatMul(y, v) d = MatMul(y, k) z = Neg(x) e = MatMul(z, v)
+        f = MatMul(z, w) }"""
     )
-    module = made(text, WEIGHTS)
-    (line,) = pack(module, [X], Clock())
-    assert line["widths"] == [6, 4] and products(module) == 3
+    module = made(text, {**WEIGHTS, "w": floats(8, 5)})
+    assert [line["widths"] for line in pack(module, [X], Clock())] == [[6, 4], [4, 5]] and products(module) == 4
 
 
 def test_a_package_holds_each_weight_once() -> None:
