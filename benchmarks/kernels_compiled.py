@@ -10,9 +10,8 @@ failures that neither an interpreter nor a machine without a GPU shows, and what
 
     registers, spilled_bytes    of a thread; spilled ones go to memory
     load_bytes, store_bytes     the narrowest access of a thread to global memory; 16 is the widest before sm_100
-    resident_warps              of a multiprocessor, by registers, threads and shared memory
-    in_flight_kib               what the loads of all resident programs ask for; bandwidth times latency is needed, some
-                                25 KiB for each of the 132 multiprocessors of an H200 (4.8 TB/s and about 0.7 us)
+    resident_warps              of a multiprocessor, by registers, threads, programs and shared memory (CUDA C++
+                                Programming Guide, "Compute Capabilities"): what hides the latency of memory
 
 Figures of the last line:
 
@@ -20,7 +19,7 @@ Figures of the last line:
     failed      {program: reason}
     spilled     programs that spill
     poor        cases whose rows are aligned, and none of whose configurations has 16-byte accesses without spilling
-    best        {kernel: {case: its widest configuration with most in flight, bfloat16 on sm_90}}
+    best        {kernel: {case: its widest configuration with most warps, bfloat16 on sm_90}}
 
 Exit code 0 if nothing failed and nothing is poor.
 """
@@ -45,8 +44,10 @@ from triton.backends.compiler import GPUTarget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TOKENS = 6
-REGISTERS, PROGRAMS = 65536, 32  # of a multiprocessor, all architectures since 5.0
+# of a multiprocessor
+REGISTERS = 65536  # a quarter for each of its four schedulers
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+PROGRAMS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB
 Line = dict[str, Any]
 
@@ -124,16 +125,15 @@ def facts(program: Any, arch: int, warps: int) -> Line:
     """What the machine code of one program needs, and what a multiprocessor can hold of it."""
     needs, loads = used(program.asm["cubin"]), widths(program.asm["ptx"], "ld")
     # registers are given out to warps, 256 at a time
-    by_registers = REGISTERS // (-(-needs["REG"] * 32 // 256) * 256) // warps
+    by_registers = 4 * (REGISTERS // 4 // (-(-needs["REG"] * 32 // 256) * 256)) // warps
     by_shared = SHARED[arch] * 1024 // max(needs["SHARED"], 1)
-    resident = min(by_registers, WARPS[arch] // warps, by_shared, PROGRAMS)
+    resident = min(by_registers, WARPS[arch] // warps, by_shared, PROGRAMS[arch])
     return {
         "registers": needs["REG"],
         "spilled_bytes": needs["STACK"],
         "load_bytes": min(loads),
         "store_bytes": min(widths(program.asm["ptx"], "st")),
         "resident_warps": resident * warps,
-        "in_flight_kib": round(resident * warps * 32 * sum(loads) / 1024, 1),
     }
 
 
@@ -156,8 +156,8 @@ def compiled(kernel: Any, values: tuple[Any, ...], arch: int) -> Iterator[Line]:
 
 
 def widest(lines: list[Line]) -> Line:
-    """The one with the widest accesses, and of those the one with most in flight."""
-    return max(lines, key=lambda line: (min(line["load_bytes"], line["store_bytes"]), line["in_flight_kib"]))
+    """The one with the widest accesses, and of those the one with most warps."""
+    return max(lines, key=lambda line: (min(line["load_bytes"], line["store_bytes"]), line["resident_warps"]))
 
 
 def figures(lines: list[Line]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ Figures of the last line:
 
     clean       cases that run, all outputs on `cuda`
     mixed       {case: error} that meet a tensor of another device, or give one
-    waits       {case: what} that need numbers: the size of a result depends on data, or sizes are inputs of the case. A
-                CUDA graph cannot be recorded of those; a model of benchmarks/gpu.py among them is an error
+    waits       {what: count} of cases that need numbers: the size of a result depends on data, or sizes are inputs of
+                the case; or that copy from the CPU's memory to the device. A CUDA graph cannot be recorded of those
+    waiting_models      models of benchmarks/gpu.py among them, which is an error
     unknown     {reason: count} that this build of torch cannot run so
 
 Exit code 0 if nothing is mixed and no model waits.
@@ -40,8 +41,10 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_conformance import _HAS, to_input, types_of  # noqa: E402
 
+from xform.backends.torch_triton.fuse import fuse  # noqa: E402
 from xform.backends.torch_triton.lower import to_torch  # noqa: E402
 from xform.capture.onnx_file import capture_onnx  # noqa: E402
 from xform.errors import XformError  # noqa: E402
@@ -71,6 +74,22 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+class Copied(Exception):  # noqa: N818 - a finding
+    """Something was copied from the memory of the CPU to the device."""
+
+
+class Copies(TorchDispatchMode):
+    """Raises Copied at the first copy from the CPU to `cuda`."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = [x for x in leaves([list(args), list((kwargs or {}).values())]) if isinstance(x, torch.Tensor)]
+        arrived = isinstance(result, torch.Tensor) and result.device.type == "cuda" and "copy" in str(function)
+        if arrived and any(x.device.type == "cpu" for x in given):
+            raise Copied(f"{function} from the CPU")
+        return result
+
+
 def examine(module: torch.fx.GraphModule, inputs: list[Any]) -> tuple[str, str]:
     """clean | mixed | waits | unknown, and why. The module's weights are replaced by fake ones."""
     mode = FakeTensorMode()
@@ -82,9 +101,9 @@ def examine(module: torch.fx.GraphModule, inputs: list[Any]) -> tuple[str, str]:
             part._buffers[name] = faked(buffer, mode)
     given = faked(inputs, mode)
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), Copies():
             outputs = module(*given)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except (DataDependentOutputException, DynamicOutputShapeException, Copied) as error:
         return "waits", str(error)
     except Exception as error:  # what it is, the message tells
         text = " ".join(str(error).split())[:200]
@@ -129,6 +148,7 @@ def models(only: str) -> Iterator[tuple[str, str, str]]:
         )
         graph = made.artifact.model
         module = to_torch(graph, dtype=torch.bfloat16, cast_outputs=True)
+        fuse(module)
         yield row, *examine(module, [inputs[value.name or ""] for value in graph.graph.inputs])
 
 

@@ -46,6 +46,11 @@ class Waiting(torch.nn.Module):
         return [x * x.sum().item()]
 
 
+class Copying(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x + torch.tensor([1.0, 2.0, 3.0], device=x.device)]
+
+
 class Clean(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +61,8 @@ class Clean(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "state"), [(Mixed, "mixed"), (Elsewhere, "mixed"), (Waiting, "waits"), (Clean, "clean")]
+    ("module", "state"),
+    [(Mixed, "mixed"), (Elsewhere, "mixed"), (Waiting, "waits"), (Copying, "waits"), (Clean, "clean")],
 )
 def test_what_is_told(module: type[torch.nn.Module], state: str, devices: Any) -> None:
     found, reason = devices.examine(module(), [torch.ones(3)])

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 from torch.export import Dim
-from torch.fx import GraphModule
 
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
 from xform.errors import TargetError
@@ -90,8 +89,7 @@ def _exported(artifact: TorchArtifact, device: torch.device) -> Any:
     sizes = _sizes(inputs, artifact.examples)
     examples = tuple(_example(value, artifact.examples.get(value.name or ""), sizes, device) for value in inputs)
     shapes = tuple(_dynamic_dims(value) for value in inputs)
-    # without the weights that it does not read, such as those that were packed into one
-    module = GraphModule(artifact.module, artifact.module.graph).to(device)
+    module = artifact.module.to(device)
     try:
         with _quiet(), torch.no_grad():
             return torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)

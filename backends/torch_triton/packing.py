@@ -3,11 +3,17 @@
     x W1 + b1, x W2 + b2, ...  =  split(x [W1 W2 ...] + [b1 b2 ...])
 
 Queries, keys and values; the gate of a gated unit and what it opens. A few rows fill a GPU only where columns are many,
-and launches and readings of x are spared. Nothing is copied behind it: the parts are views, and attention, `rotary_qk`
-and the kernels of rows read them by their strides. torch.compile packs nothing of its own accord. The products are
-timed apart and packed on the sizes at hand; what was found is remembered as for kernels (choose.py).
+and launches and readings of x are spared. The parts are views, which attention, `rotary_qk` and the kernels of rows
+read by their strides; torch's norms make them dense first, and that is timed too. torch.compile packs nothing of its
+own accord. The products are timed apart and packed on the sizes at hand; what was found is remembered as for kernels
+(choose.py).
 
-The weights keep their names and become views of the packed matrix, so memory does not grow.
+Packed weights and biases are parameters of their own, named after the first weight; what they were made of leaves the
+module, unless something else reads it.
+
+Left apart: products in branches and loops; those with products of something else between them, whose results would
+wait long for their readers; results of the graph, which are given out dense; weights of a Gemm that are held
+transposed; a weight that stands beside other ones elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from xform.backends.base import Choice
 from xform.backends.torch_triton.choose import GAIN, Decisions, Timer, device_of, naive_twins, outline
 from xform.backends.torch_triton.kernels.common import is_call, origins, swap
-from xform.backends.torch_triton.lower.parameters import register
+from xform.backends.torch_triton.lower.parameters import drop_unused, register
 
 Line = dict[str, Any]
 
@@ -37,11 +43,13 @@ class _Product:
         node: What computes it, with the bias if there is one.
         weight: Name of the weight [K, N] in the module.
         bias: Name of the bias [N], None without.
+        dense: Whether a reader copies the result where it is a part of a wider one.
     """
 
     node: Node
     weight: str
     bias: str | None
+    dense: bool
 
 
 _Group = list[_Product]
@@ -50,14 +58,13 @@ _Group = list[_Product]
 def pack(module: GraphModule, inputs: list[Any], timer: Timer) -> list[Line]:
     """Pack the products of a module on its device, each group only if that is faster on these inputs.
 
-    Products in branches and loops are left as they are.
-
     Args:
         inputs: In the order of the graph.
         timer: Seconds of one call.
 
     Returns:
-        A line for each group: nodes, shape of x, widths, seconds of both ways, and whether it is packed.
+        A line for each group: nodes, shape of x, widths, seconds of both ways (or why it `failed`), and whether it is
+        packed.
     """
     groups = _groups(module)
     if not groups:
@@ -72,6 +79,7 @@ def pack(module: GraphModule, inputs: list[Any], timer: Timer) -> list[Line]:
             _replace(module, group, packed)
     if packed:
         module.graph.eliminate_dead_code()
+        drop_unused(module, module.graph)
         module.graph.lint()
         module.recompile()
     return list(measuring.lines.values())
@@ -83,6 +91,8 @@ def as_choices(lines: list[Line]) -> list[Choice]:
 
 
 def _told(line: Line) -> str:
+    if "failed" in line:
+        return f"{len(line['widths'])} products stay apart: {line['failed']}"
     one, several = (f"{1e6 * line[key]:.1f} us" for key in ("packed_seconds", "separate_seconds"))
     count, shape = len(line["widths"]), "x".join(map(str, line["shape"]))
     gain = "" if line["packed"] else ", which gains nothing: they stay apart"
@@ -90,15 +100,21 @@ def _told(line: Line) -> str:
 
 
 def _groups(module: GraphModule) -> list[_Group]:
-    """Products of one value with matrices of one dtype, no weight in two different groups."""
-    by_input: dict[tuple[Any, torch.dtype], _Group] = {}
+    """Products of one value with matrices of one dtype, one behind the other, no weight in two different groups."""
+    runs: list[tuple[Any, _Group]] = []
     for node in module.graph.nodes:
         product = _product(node)
-        if product is not None:
-            by_input.setdefault((node.args[0], _held(module, product.weight).dtype), []).append(product)
+        if product is None:
+            if runs and is_call(node, operator.matmul, F.linear) and node.args[0] is not runs[-1][0][0]:
+                runs.append(((None, None), []))
+            continue
+        key = node.args[0], _held(module, product.weight).dtype
+        if not runs or runs[-1][0] != key:
+            runs.append((key, []))
+        runs[-1][1].append(product)
     found: list[_Group] = []
     taken: dict[str, tuple[str, ...]] = {}
-    for group in by_input.values():
+    for _, group in runs:
         names = tuple(product.weight for product in group)
         if len(set(names)) < 2 or len(set(names)) < len(names):
             continue
@@ -121,7 +137,15 @@ def _product(node: Node) -> _Product | None:
         return None
     if any(is_call(user, torch.ops.xform.bias_activation.default) for user in node.users):
         return None  # the bias behind it may still join it (`kernels.bias_activation.restore`)
-    return _Product(node, str(weight.target), None if bias is None else str(bias.target))
+    if any(user.op == "output" for user in node.users):
+        return None
+    return _Product(node, str(weight.target), None if bias is None else str(bias.target), _is_normalized(node))
+
+
+def _is_normalized(node: Node) -> bool:
+    """Whether one of torch's norms reads it, through views or not: queries and keys, head by head."""
+    views = [user for user in node.users if user.target == "reshape" or is_call(user, torch.permute)]
+    return any(is_call(user, F.layer_norm, F.rms_norm) for user in node.users) or any(map(_is_normalized, views))
 
 
 def _is_weight(value: Any, rank: int) -> bool:
@@ -166,15 +190,27 @@ class _Measuring(Interpreter):
 
     def _decided(self, group: _Group, x: torch.Tensor) -> Line:
         weights, biases = _tensors(self.module, group)
-        key = " ".join(["packed_products", outline(x), *map(outline, weights), *map(outline, biases)])
-        found = self.decisions.of(f"{device_of(x)}, {key}", lambda: self._compare(x, weights, biases))
+        dense = tuple(product.dense for product in group)
+        key = " ".join(["packed_products", *map(outline, (x, *weights, *biases, dense))])
+        found = self.decisions.of(f"{device_of(x)}, {key}", lambda: self._compare(x, weights, biases, dense))
         nodes = [name for product in group for name in origins(product.node)]
         widths = [int(weight.shape[1]) for weight in weights]
         return {"nodes": nodes, "shape": list(x.shape), "widths": widths, **found}
 
-    def _compare(self, x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Line:
-        separate = self.timer(_separate, (x, weights, biases))
-        together = self.timer(_linear, (x, _side_by_side(weights), _in_a_row(weights, biases)))
+    def _compare(
+        self,
+        x: torch.Tensor,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor | None],
+        dense: tuple[bool, ...],
+    ) -> Line:
+        widths = [weight.shape[1] for weight in weights]
+        try:
+            separate = self.timer(_separate, (x, weights, biases))
+            joint = _side_by_side(weights), _in_a_row(weights, biases)
+            together = self.timer(_packed, (x, *joint, widths, dense))
+        except torch.OutOfMemoryError:
+            return {"packed": False, "failed": "there is no memory on the device for a second copy of their weights"}
         return {"packed_seconds": together, "separate_seconds": separate, "packed": separate >= together * GAIN}
 
 
@@ -186,6 +222,13 @@ def _separate(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
     return [_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def _packed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, widths: list[int], dense: tuple[bool, ...]
+) -> list[torch.Tensor]:
+    parts = torch.split(_linear(x, weight, bias), widths, -1)
+    return [part.contiguous() if copied else part for part, copied in zip(parts, dense, strict=True)]
 
 
 def _side_by_side(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -212,7 +255,7 @@ def _replace(module: GraphModule, group: _Group, packed: dict[tuple[str, ...], s
         joint = _side_by_side(weights)
         packed[names] = register(module, f"{names[0]}_packed", joint, trainable=joint.is_floating_point())
         for weight, part in zip(weights, torch.split(joint, sizes, 1), strict=True):
-            weight.data = part
+            weight.data = part  # nothing is held twice, also where something else reads the weight
     bias = _in_a_row(weights, biases)
     first, graph = group[0].node, module.graph
     with graph.inserting_before(first):

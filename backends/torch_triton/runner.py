@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class TorchRunner:
         self.output_names: tuple[str, ...] = tuple(value.name or "" for value in graph.outputs)
         self._module: Any = artifact.module.to(self._device)
         self._call: Callable[..., Any] | None = None
+        self._convolves = any("Conv" in operator for operator in artifact.metadata["operators"])
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         """See `xform.backends.base.Runner.run`."""
@@ -78,15 +80,13 @@ class TorchRunner:
     def _chosen(self, tensors: list[Any]) -> Callable[..., Any]:
         """The module, or what torch.compile made of it where that was asked for and is faster on the first inputs."""
         recorded = self._device.type == "cuda" and self._is_static()
-        if self._device.type == "cuda":
+        told = self._artifact.metadata
+        if self._device.type == "cuda" and "kernels" not in told:  # once for each artifact, whose module it changes
             self._choose_layout(tensors, recorded=recorded)
             timer = recorded_seconds if recorded else cuda_seconds
-            products = packing.pack(self._module, tensors, timer)
-            self._artifact.metadata["products"] = products
-            self._artifact.choices += packing.as_choices(products)
-            measured = choose(self._module, tensors, timer)
-            self._artifact.metadata["kernels"] = measured
-            self._artifact.choices += as_choices(measured)
+            told["products"] = packing.pack(self._module, tensors, timer)
+            told["kernels"] = choose(self._module, tensors, timer)
+            self._artifact.choices += packing.as_choices(told["products"]) + as_choices(told["kernels"])
         plain: Callable[..., Any] = Replayer(self._module) if recorded else self._module
         mode = self._artifact.compile
         if mode == "off":
@@ -104,8 +104,8 @@ class TorchRunner:
 
     def _convolving(self) -> contextlib.AbstractContextManager[None]:
         """Without TF32, which torch allows in convolutions (not in products), where float32 is what was asked for."""
-        asked = self._device.type == "cuda" and self._artifact.precision is None
-        return _ieee_convolutions() if asked else contextlib.nullcontext()
+        asked = self._device.type == "cuda" and self._artifact.precision is None and self._convolves
+        return _IEEE_CONVOLUTIONS if asked else contextlib.nullcontext()
 
     def _choose_layout(self, tensors: list[Any], *, recorded: bool) -> None:
         """Channels of images first or last, as is faster on the first inputs; a recording for each is timed."""
@@ -195,24 +195,36 @@ def _seconds(call: Callable[..., Any], tensors: list[Any], device: torch.device)
     return best
 
 
-@contextlib.contextmanager
-def _ieee_convolutions() -> Iterator[None]:
-    cudnn = torch.backends.cudnn
-    try:
-        before = cudnn.allow_tf32
-    except RuntimeError:  # the caller set it by operator, which the old setting refuses to answer for
-        by_operator: Any = cudnn
-        precision, by_operator.conv.fp32_precision = by_operator.conv.fp32_precision, "ieee"
-        try:
-            yield
-        finally:
-            by_operator.conv.fp32_precision = precision
-        return
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
+class _IeeeConvolutions(contextlib.AbstractContextManager[None]):
+    """cuDNN's convolutions in float32 as float32. A setting of the process, so threads share one change of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                cudnn: Any = torch.backends.cudnn
+                if hasattr(cudnn, "conv"):
+                    self._before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+                else:  # before torch 2.9
+                    self._before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                cudnn: Any = torch.backends.cudnn
+                if hasattr(cudnn, "conv"):
+                    cudnn.conv.fp32_precision = self._before
+                else:
+                    cudnn.allow_tf32 = self._before
+
+
+_IEEE_CONVOLUTIONS = _IeeeConvolutions()
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class FoldConstants(LibraryPass):
     def apply(self, model: ir.Model) -> bool:
         transposed = self._transpose_lazily(model.graph)
         decide = _Decision(self, model.opset_imports.get("", 1))
-        gathered = _gather_elements(model.graph, decide)
+        gathered = [_gather_elements(graph, decide) for graph in model.graphs()]
         folded = onnxscript_folding.FoldConstantsPass(
             shape_inference=False,
             input_size_limit=self.input_limit,
@@ -67,7 +67,7 @@ class FoldConstants(LibraryPass):
             should_fold=decide,
         )(model).modified
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        return bool(transposed or gathered or folded or lifted)
+        return bool(transposed or any(gathered) or folded or lifted)
 
     def _transpose_lazily(self, graph: ir.Graph) -> bool:
         """Transpose of a large constant that nothing else reads: a lazy initializer takes its place."""
@@ -116,7 +116,8 @@ def _gather_elements(graph: ir.Graph, decide: _Decision) -> bool:
             continue
         axis %= data.ndim
         count = data.shape[axis]
-        if indices.size and not (-count <= indices.min() and indices.max() < count):
+        fits = all(i == axis or n <= m for i, (n, m) in enumerate(zip(indices.shape, data.shape, strict=True)))
+        if not fits or (indices.size and not (-count <= indices.min() and indices.max() < count)):
             continue  # a runtime says so better
         others = tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(indices.shape))
         output = node.outputs[0]

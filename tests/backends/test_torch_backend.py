@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -252,31 +253,37 @@ def test_compiled_modules_are_kept_only_where_they_are_faster() -> None:
     assert found["chosen"] == min(found["seconds"], key=found["seconds"].get)
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_convolutions_in_float32_are_not_rounded_to_tf32(allowed: bool) -> None:
-    from xform.backends.torch_triton.runner import _ieee_convolutions
+def test_convolutions_in_float32_are_not_rounded_to_tf32() -> None:
+    from xform.backends.torch_triton.runner import _IEEE_CONVOLUTIONS
 
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    everywhere: Any = torch.backends
+    before = conv.fp32_precision, everywhere.fp32_precision
     try:
-        cudnn.allow_tf32 = allowed
-        with pytest.raises(ValueError, match="here"), _ieee_convolutions():
-            assert not cudnn.allow_tf32 and cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined]
-            raise ValueError("here")
-        assert cudnn.allow_tf32 is allowed
+        everywhere.fp32_precision = "tf32"
+        for precision in ("tf32", "ieee"):
+            conv.fp32_precision = precision
+            with pytest.raises(ValueError, match="here"), _IEEE_CONVOLUTIONS:
+                with _IEEE_CONVOLUTIONS:  # another thread
+                    assert conv.fp32_precision == "ieee"
+                assert conv.fp32_precision == "ieee"
+                raise ValueError("here")
+            assert conv.fp32_precision == precision
     finally:
-        cudnn.allow_tf32 = before
+        conv.fp32_precision, everywhere.fp32_precision = before
 
 
-def test_a_precision_that_was_set_by_operator_comes_back() -> None:
-    from xform.backends.torch_triton.runner import _ieee_convolutions
+def test_a_kernel_that_does_not_compile_for_new_sizes_is_an_error_of_the_target() -> None:
+    from triton.runtime.errors import OutOfResources
 
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    try:
-        cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        with _ieee_convolutions():
-            assert cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
-        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "ieee")  # type: ignore[attr-defined]
-    finally:
-        cudnn.allow_tf32 = before
+    from xform.backends.torch_triton.runner import TorchRunner
+
+    fast = xform.optimize(parse("g (float[n] x) => (float[n] y) { y = Relu(x) }"), backend="torch_triton")
+    runner = TorchRunner(fast.artifact)
+
+    def refuse(*tensors: torch.Tensor) -> None:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    runner._call = refuse
+    with pytest.raises(TargetError, match="shared memory"):
+        runner.run({"x": torch.ones(3)})

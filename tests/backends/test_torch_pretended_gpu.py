@@ -46,12 +46,13 @@ class Model(torch.nn.Module):
 
 def clock(function: Any, arguments: tuple[Any, ...]) -> float:
     """Kernels and packed products are faster than torch and products apart."""
-    fast = [packing._linear, *(kernel.op for kernel in kernels().values())]
+    fast = [packing._packed, *(kernel.op for kernel in kernels().values())]
     return 0.5 if any(function is one for one in fast) else 1.0
 
 
 def recorder(module: Any, buffers: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """Replays by running again into the same outputs."""
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
     outputs = [output.clone() for output in module(*buffers)]
 
     def replay() -> None:
@@ -62,18 +63,28 @@ def recorder(module: Any, buffers: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 
 
 @pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each module that was timed as a whole had kernels in it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(runner, "recorded_seconds", clock)
     monkeypatch.setattr(cuda_graphs, "record_cuda_graph", recorder)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     readings = iter([1.0, 0.5, 2.0, 1.0])  # channels first, last; then without and with torch.compile
-    real = runner._seconds
-    monkeypatch.setattr(runner, "_seconds", lambda *arguments: (real(*arguments), next(readings))[1])
+    real, timed = runner._seconds, []
+
+    def seconds(call: Any, *arguments: Any) -> float:
+        timed.append("ops.xform" in call._module.code)
+        real(call, *arguments)
+        return next(readings)
+
+    monkeypatch.setattr(runner, "_seconds", seconds)
+    return timed
 
 
 @pytest.mark.parametrize("compile_mode", ["off", "inductor"])
-def test_layout_products_kernels_recording(pretended: None, compile_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layout_products_kernels_recording(
+    pretended: list[bool], compile_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, image = Model().eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         want = model(image)
@@ -85,10 +96,11 @@ def test_layout_products_kernels_recording(pretended: None, compile_mode: str, m
     lowered.target = Target("cpu")
     run = runner.TorchRunner(lowered)
     run._device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
-    call = run._chosen([image])
+    monkeypatch.setattr(run, "_tensor_of", lambda value: value)
     for _ in range(2):
-        torch.testing.assert_close(call(image)[0], want, rtol=1e-4, atol=1e-4)
-    told = lowered.metadata
+        torch.testing.assert_close(run.run({"image": image})[0], want, rtol=1e-4, atol=1e-4)
+    call, told = run._call, dict(lowered.metadata)
+    assert pretended == ([False, False] if compile_mode == "off" else [False, False, True, False])
     assert told["layout"]["chosen"] == "channels_last"
     assert sorted((len(line["widths"]), line["packed"]) for line in told["products"]) == [(2, True), (3, True)]
     assert {line["kernel"]: line["keep"] for line in told["kernels"]} == {"gated_unit": True, "residual_norm": True}
@@ -96,6 +108,12 @@ def test_layout_products_kernels_recording(pretended: None, compile_mode: str, m
         "linear", "channels_last", "packed_products", "gated_unit", "residual_norm"
     }  # fmt: skip
     assert isinstance(call, cuda_graphs.Replayer) and call.refused is None
+    again = runner.TorchRunner(lowered)  # the module is as it was left, and what was found stays said
+    again._device = run._device
+    again._chosen([image]) if compile_mode == "off" else None
+    assert {key: lowered.metadata[key] for key in ("layout", "products", "kernels")} == {
+        key: told[key] for key in ("layout", "products", "kernels")
+    }
     if compile_mode == "inductor":
         assert told["compile"]["chosen"] == "inductor"
         assert "ops.xform" not in given[0] and given[0].count("split(") == 2

@@ -92,16 +92,18 @@ def grouped_attention(
 ) -> torch.Tensor:
     """scaled_dot_product_attention whose key heads serve several query heads each.
 
-    On a GPU only flash attention takes them so: half precision, no mask, heads of one size up to 256. Elsewhere torch
-    would fall back to products that write all scores to memory, so keys and values are repeated for the other kernels.
+    On a GPU flash attention takes them so: half precision, no mask, heads of one size up to 256. Of the other kernels
+    that torch chooses by default most do not, and it falls back to products that write all scores to memory; so keys
+    and values are repeated for them.
     """
     sizes = query.shape[-1], value.shape[-1]
     flash = query.dtype in HALVES and attn_mask is None and sizes[0] == sizes[1] <= MAX_HEAD
     groups = query.shape[1] // key.shape[1]
-    if query.is_cuda and not flash:
-        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    shared = groups != 1 if isinstance(groups, int) else True  # numbers of heads that are symbols stay open
+    if shared and query.is_cuda and not flash:
+        key, value, shared = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=shared
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -64,12 +66,23 @@ def test_fold_gathers_elements(data: tuple[int, ...], indices: tuple[int, ...], 
     assert ops(model) == ["Add"]
 
 
-@pytest.mark.parametrize("index", [-5, 4])
-def test_fold_leaves_what_a_runtime_refuses(index: int) -> None:
-    text = "g (float[1] x, float[4] d, int64[1] i) => (float[1] y) { e = GatherElements(d, i) y = Add(x, e) }"
-    model = parse(text, {"d": floats(4), "i": np.array([index])})
+@pytest.mark.parametrize(("data", "indices"), [((4,), [-5]), ((4,), [4]), ((2, 4), [[0]] * 3), ((1, 4), [[0]] * 3)])
+def test_fold_leaves_what_a_runtime_refuses(data: tuple[int, ...], indices: list[Any]) -> None:
+    where = np.array(indices)
+    shape, sizes = ",".join(map(str, where.shape)), ",".join(map(str, data))
+    text = f"""g (float[{shape}] x, float[{sizes}] d, int64[{shape}] i) => (float[{shape}] y) {{
+        e = GatherElements<axis = -1>(d, i) y = Add(x, e) }}"""
+    model = parse(text, {"d": floats(*data), "i": where})
     apply(model, FoldConstants())
     assert ops(model) == ["GatherElements", "Add"]
+
+
+def test_fold_gathers_elements_in_branches() -> None:
+    text = """g (bool c, float[2] x) => (float[2] y) { y = If (c) <then_branch = t () => (float[2] a) {
+        d = Constant<value_floats = [1.0, 2.0, 3.0]>() i = Constant<value_ints = [2, 0]>()
+        e = GatherElements(d, i) a = Add(x, e) }, else_branch = o () => (float[2] b) { b = Neg(x) }> }"""
+    model, _ = rewritten(text, {}, {"c": np.array(True), "x": floats(2)}, FoldConstants())
+    assert [node.op_type for node in model.graph.all_nodes()] == ["If", "Add", "Neg"]
 
 
 def test_fold_keeps_the_default_of_an_input() -> None:
