@@ -114,7 +114,7 @@ def test_a_kernel_that_cannot_be_launched_is_not_run_by_anything_else(monkeypatc
         raise OutOfResources(300000, 232448, "shared memory")
 
     text = """g (float[2,3,8] x, float[2,3,8] r, float[8] n, float[8,8] w, float[8,8] v) => (float a, float b) {
-        s = Add(x, r) y = RMSNormalization(s, n) a = MatMul(y, w) b = MatMul(y, v) }"""
+        s = Add(x, r) y = RMSNormalization(s, n) t = MatMul(y, w) u = MatMul(y, v) a = Relu(t) b = Abs(u) }"""
     module = to_torch(parse(text, {"n": floats(8), "w": floats(8, 8), "v": floats(8, 8)}))
     inputs = [torch.from_numpy(floats(2, 3, 8)) for _ in range(2)]
     want = module(*inputs)
