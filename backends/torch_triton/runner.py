@@ -47,7 +47,7 @@ class TorchRunner:
         self.output_names: tuple[str, ...] = tuple(value.name or "" for value in graph.outputs)
         self._module: Any = artifact.module.to(self._device)
         self._call: Callable[..., Any] | None = None
-        self._convolves = any("Conv" in operator for operator in artifact.metadata["operators"])
+        self._convolves = any("conv" in operator.lower() for operator in artifact.metadata["operators"])
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         """See `xform.backends.base.Runner.run`."""
