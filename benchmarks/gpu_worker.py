@@ -125,10 +125,8 @@ class Row:
             {key: line[key] for key in ("kernel", "shapes", "kernel_seconds", "torch_seconds", "keep")}
             for line in told.get("kernels", [])
         ]
-        products = [
-            {key: line[key] for key in ("shape", "widths", "packed_seconds", "separate_seconds", "packed")}
-            for line in told.get("products", [])
-        ]
+        shown = ("shape", "widths", "packed_seconds", "separate_seconds", "packed", "failed")
+        products = [{key: line[key] for key in shown if key in line} for line in told.get("products", [])]
         graph, layout = told.get("cuda_graph"), told.get("layout")
         return {
             "cuda_graph": graph, "compile": told.get("compile"), "layout": layout, "kernels": kernels,
