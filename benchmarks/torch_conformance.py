@@ -38,7 +38,7 @@ from xform.backends.torch_triton.lower.parameters import array_of, torch_of  # n
 from xform.capture.onnx_file import capture_onnx  # noqa: E402
 from xform.errors import XformError  # noqa: E402
 
-_HAS = {int(dtype) for dtype in TORCH_DTYPES} | {onnx.TensorProto.UNDEFINED}
+HAS = {int(dtype) for dtype in TORCH_DTYPES} | {onnx.TensorProto.UNDEFINED}
 _RANDOM = re.compile(r"bernoulli|random_(normal|uniform)|multinomial|training_dropout|dropout.*ratio")
 _NAMED = re.compile(r"node\(s\)(?: of)?: (.*)")
 
@@ -102,7 +102,7 @@ def examine(case: Any) -> Result:
     """Run one case."""
     model = onnx.ModelProto()
     model.CopyFrom(case.model if case.model is not None else onnx.load(f"{case.model_dir}/model.onnx"))
-    lacking = types_of(model) - _HAS
+    lacking = types_of(model) - HAS
     if lacking:
         return Result(case.name, "excluded", ", ".join(sorted(_type_name(kind) for kind in lacking)))
     try:

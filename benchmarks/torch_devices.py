@@ -42,7 +42,8 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch_conformance import _HAS, to_input, types_of  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from torch_conformance import HAS, to_input, types_of  # noqa: E402
 
 from xform.backends.torch_triton.fuse import fuse  # noqa: E402
 from xform.backends.torch_triton.lower import to_torch  # noqa: E402
@@ -57,21 +58,12 @@ _SIZES = re.compile(r"test_(optional_has_element|sequence_map_extract_shapes)")
 
 def faked(value: Any, mode: FakeTensorMode) -> Any:
     """A tensor, or those of a list, on `cuda` without numbers."""
-    if isinstance(value, (list, tuple)):
-        return [faked(item, mode) for item in value]
-    if not isinstance(value, torch.Tensor):
-        return value
-    with mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
 
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
-def leaves(value: Any) -> Iterator[Any]:
-    """All that is in nested lists."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value
+    return tree_map_only(torch.Tensor, one, value)
 
 
 class Copied(Exception):  # noqa: N818 - a finding
@@ -83,7 +75,7 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = [x for x in leaves([list(args), list((kwargs or {}).values())]) if isinstance(x, torch.Tensor)]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         arrived = isinstance(result, torch.Tensor) and result.device.type == "cuda" and "copy" in str(function)
         if arrived and any(x.device.type == "cpu" for x in given):
             raise Copied(f"{function} from the CPU")
@@ -108,7 +100,7 @@ def examine(module: torch.fx.GraphModule, inputs: list[Any]) -> tuple[str, str]:
     except Exception as error:  # what it is, the message tells
         text = " ".join(str(error).split())[:200]
         return ("unknown", _LACKING.search(text)[0]) if _LACKING.search(text) else ("mixed", text)  # type: ignore[index]
-    elsewhere = [x for x in leaves(outputs) if isinstance(x, torch.Tensor) and x.device.type != "cuda"]
+    elsewhere = [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor) and x.device.type != "cuda"]
     return ("mixed", f"{len(elsewhere)} outputs on {elsewhere[0].device}") if elsewhere else ("clean", "")
 
 
@@ -119,7 +111,7 @@ def suite(only: str) -> Iterator[tuple[str, str, str]]:
             continue
         model = onnx.ModelProto()
         model.CopyFrom(case.model if case.model is not None else onnx.load(f"{case.model_dir}/model.onnx"))
-        if types_of(model) - _HAS:
+        if types_of(model) - HAS:
             continue
         try:
             module = to_torch(capture_onnx(model))

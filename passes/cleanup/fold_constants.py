@@ -93,15 +93,22 @@ def _replace_by_transposed(graph: ir.Graph, node: ir.Node, tensor: ir.TensorProt
         shape=ir.Shape([tensor.shape[axis] for axis in perm]),
         name=output.name,
     )
-    name = output.name or "transposed"
-    output.name = f"{name}_folded"
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(lazy.shape.numpy()), const_value=lazy)
-    graph.register_initializer(value)
-    output.replace_all_uses_with(value)
     source = node.inputs[0]
-    graph.remove(node, safe=True)
+    _replace_by_initializer(graph, node, lazy)
     if source is not None and source.is_initializer() and source.name is not None:
         graph.initializers.pop(source.name, None)
+
+
+def _replace_by_initializer(graph: ir.Graph, node: ir.Node, tensor: ir.TensorProtocol) -> None:
+    """Put an initializer under the name of the only output of `node` in its place."""
+    output = node.outputs[0]
+    name = output.name or "folded"
+    output.name = f"{name}_folded"
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    output.replace_all_uses_with(value)
+    graph.remove(node, safe=True)
 
 
 def _gather_elements(graph: ir.Graph, decide: _Decision) -> bool:
@@ -120,15 +127,8 @@ def _gather_elements(graph: ir.Graph, decide: _Decision) -> bool:
         if not fits or (indices.size and not (-count <= indices.min() and indices.max() < count)):
             continue  # a runtime says so better
         others = tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(indices.shape))
-        output = node.outputs[0]
-        name = output.name or "gathered"
-        result = ir.tensor(np.take_along_axis(data[others], indices % max(count, 1), axis), name=name)
-        output.name = f"{name}_folded"
-        shape = ir.Shape(indices.shape)
-        value = ir.Value(name=name, type=ir.TensorType(result.dtype), shape=shape, const_value=result)
-        graph.register_initializer(value)
-        output.replace_all_uses_with(value)
-        graph.remove(node, safe=True)
+        gathered = np.take_along_axis(data[others], indices % max(count, 1), axis)
+        _replace_by_initializer(graph, node, ir.tensor(gathered, name=node.outputs[0].name))
         changed = True
     return changed
 
