@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xform.errors import (
     BudgetError,
     CaptureError,
+    LimitError,
     ModelError,
     OutputError,
     RequirementError,
@@ -15,6 +16,7 @@ from xform.errors import (
     UsageError,
     VerificationError,
     XformError,
+    XformWarning,
 )
 from xform.target import Target
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetError",
     "CaptureError",
+    "LimitError",
     "ModelError",
     "Optimized",
     "OutputError",
@@ -34,12 +37,15 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "XformError",
+    "XformWarning",
     "__version__",
     "optimize",
 ]
 
+DISTRIBUTION = "xform-compiler"  # the name `xform` on PyPI is another project's
+
 try:
-    __version__ = metadata.version("xform")
+    __version__ = metadata.version(DISTRIBUTION)
 except metadata.PackageNotFoundError:  # a checkout that is run without being installed
     __version__ = "0+unknown"
 
@@ -55,3 +61,7 @@ def __getattr__(name: str) -> Any:
 
         return Optimized
     raise AttributeError(f"module 'xform' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

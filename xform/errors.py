@@ -8,6 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from xform.text import paragraph, shown
+
+MAX_PLACES = 12  # names shown; `where` holds them all
+
+
+class XformWarning(UserWarning):
+    """Something that the user should know and nothing failed for: a pass rolled back, random calibration data."""
+
 
 class XformError(Exception):
     """Base of all deliberate errors.
@@ -27,11 +35,12 @@ class XformError(Exception):
         super().__init__(self.__str__())
 
     def __str__(self) -> str:
-        text = self.what
+        text = paragraph(self.what)
         if self.where:
-            text += f"\n  where: {', '.join(self.where)}"
+            more = f" and {len(self.where) - MAX_PLACES} more" if len(self.where) > MAX_PLACES else ""
+            text += f"\n  where: {', '.join(shown(place) for place in self.where[:MAX_PLACES])}{more}"
         if self.hint:
-            text += f"\n  what to do: {self.hint}"
+            text += f"\n  what to do: {paragraph(self.hint)}"
         return text
 
 
@@ -47,6 +56,18 @@ class ModelError(XformError):
     exit_code = 3
 
 
+class LimitError(ModelError):
+    """The model asks for more than a limit of `xform.limits` allows.
+
+    Attributes:
+        limit: Name of the limit.
+    """
+
+    def __init__(self, limit: str, what: str, *, where: str | Sequence[str] = (), hint: str | None = None) -> None:
+        self.limit = limit
+        super().__init__(what, where=where, hint=hint)
+
+
 class CaptureError(ModelError):
     """A torch module could not be captured."""
 
@@ -58,7 +79,7 @@ class RequirementError(XformError):
 
 
 class VerificationError(XformError):
-    """The optimized model does not compute what the captured model computes."""
+    """The optimized model does not compute what the original model computes."""
 
     exit_code = 5
 

@@ -6,7 +6,7 @@ import importlib.util
 
 from xform.target import Target
 
-INSTALL = 'pip install "xform[openvino]"'
+INSTALL = 'pip install "xform-compiler[openvino]"'
 
 
 def missing(target: Target) -> str | None:

@@ -51,9 +51,9 @@ def _build_app() -> typer.Typer:
 
 def _show_version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
+        from xform import __version__
 
-        typer.echo(f"xform {version('xform')}")
+        typer.echo(f"xform {__version__}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "xform",
+    "xform-compiler",
     "torch",
     "onnx",
     "onnx-ir",

@@ -1,0 +1,35 @@
+"""Limits name themselves, and hold for the thread that put them in force."""
+
+import threading
+
+import pytest
+
+from xform import LimitError, UsageError, limits
+
+
+def test_past_a_limit_the_error_names_it_and_how_to_raise_it() -> None:
+    limits.check("nodes", limits.Limits().nodes, "the model")
+    with pytest.raises(LimitError) as caught:
+        limits.check("nodes", limits.Limits().nodes + 1, "the model", where="f/g")
+    assert caught.value.limit == "nodes" and caught.value.exit_code == 3
+    assert "'nodes'" in str(caught.value) and "--limit nodes=N" in str(caught.value) and "f/g" in str(caught.value)
+
+
+def test_limits_hold_inside_and_for_one_thread() -> None:
+    seen = []
+    with limits.limited(limits.limits_of({"memory": 10})):
+        with pytest.raises(LimitError):
+            limits.check("memory", 11, "a constant")
+        thread = threading.Thread(target=lambda: seen.append(limits.current()))
+        thread.start()
+        thread.join()
+    assert seen == [limits.Limits()] and limits.current() == limits.Limits()
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [({"memroy": 1}, "did you mean 'memory'"), ({"memory": -1}, "above 0"), ({"memory": True}, "above 0"), (7, "dict")],
+)
+def test_wrong_limits_are_usage_errors(given: object, word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        limits.limits_of(given)  # type: ignore[arg-type]
