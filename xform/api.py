@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 
 from xform.backends import LowerOptions
+from xform.capture.input_shapes import InputShapes
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request, compile_graph
 from xform.errors import UsageError, XformError
@@ -36,6 +37,7 @@ def optimize(
     *,
     inputs: Any = None,
     dynamic: Any = None,
+    input_shapes: InputShapes | None = None,
     preset: str = "exact",
     passes: Sequence[str | Pass] | None = None,
     backend: str | None = None,
@@ -65,6 +67,8 @@ def optimize(
             `inputs`: "auto"), "auto" for batch and sequence dims, or `{"ids": {0: "batch", 1: ("seq", 1, 512)}}`.
             For an ONNX model, whose dims say so themselves: None, "auto", or the range to verify by name,
             `{"batch": (1, 8)}`.
+        input_shapes: For an ONNX model, sizes of dynamic dims that the result is made for: `{"x": (1, 3, 224, 224)}`.
+            A name renames a dim, None or -1 leaves it. Static shapes allow more rewrites.
         preset: Which passes run: "exact", or "int8" for matrix products in int8 and float elsewhere.
         passes: Pass names or Pass objects in order, instead of the preset.
         backend: Instead of the target's default.
@@ -97,6 +101,10 @@ def optimize(
         target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune, padding
     )
     if isinstance(model, torch.nn.Module | ExportedProgram):
+        if input_shapes is not None:
+            raise UsageError(
+                "input_shapes is for ONNX models", hint="a module has the shapes of `inputs`; see `dynamic` for others"
+            )
         return _optimize_module(model, request, inputs, dynamic)
     if not isinstance(model, str | os.PathLike | bytes | onnx.ModelProto | ir.Model):
         raise UsageError(
@@ -104,7 +112,7 @@ def optimize(
             hint="give a torch module or ExportedProgram, or an ONNX model as path, bytes, ModelProto or onnx_ir.Model",
         )
     start = time.perf_counter()
-    captured = capture_onnx(model, strict=strict)
+    captured = capture_onnx(model, strict=strict, input_shapes=input_shapes)
     source = Path(model).name if isinstance(model, str | os.PathLike) else captured.graph.name or type(model).__name__
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start

@@ -199,7 +199,7 @@ def _reduced(views: tuple[ir.Node, ...], source: ir.Value, axis: int, channels: 
     Args:
         axis: Channel axis of `source`.
         channels: Number of channels that the map between `source` and the views gives. It can differ from that of
-            `source`: a product of rows, [B, S, K] -> [B S, K] -> [B S, N] -> [B, S, N], is a product over the last axis.
+            `source`: a product of rows, [B, S, K] -> [B S, K] -> [B S, N] -> [B, S, N], is one over the last axis.
     """
     order: list[int] | None = None
     only_reshapes = True

@@ -19,9 +19,10 @@ from onnx_ir.passes.common import InlinePass
 from xform.capture.check_proto import check_proto, tensors
 from xform.capture.constants import lift_constants
 from xform.capture.external import check_external
+from xform.capture.input_shapes import InputShapes, fix_input_shapes
 from xform.capture.read_proto import parse_bytes, parse_file
 from xform.capture.sparse import densify
-from xform.errors import ModelError
+from xform.errors import ModelError, UsageError
 from xform.graph.clone import SOURCE_OPSET, clone
 from xform.graph.opset import IR_OPSET, upgrade
 from xform.graph.shapes import infer_shapes
@@ -34,12 +35,13 @@ MAX_CHECKED_BYTES = 1 << 30  # weights are searched for NaN up to this many byte
 _CHUNK = 1 << 22
 
 
-def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
+def capture_onnx(source: Source, *, strict: bool = False, input_shapes: InputShapes | None = None) -> ir.Model:
     """Read an ONNX model into the IR: one opset, no functions, no Constant nodes, shapes inferred.
 
     Args:
         source: A path, serialized bytes, a ModelProto, or an onnx_ir model. It is left as it is.
         strict: Refuse what would otherwise only be noted in `meta["xform.notes"]`: NaN weights, an unsorted graph.
+        input_shapes: Sizes for dynamic dims of inputs, see `xform.capture.input_shapes`.
 
     Returns:
         A model whose `meta` carries the opset of the source and notes for the user. Names of inputs, outputs,
@@ -47,10 +49,11 @@ def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
 
     Raises:
         ModelError: The source is no well-formed ONNX model, or no runtime could run it; says where and why.
+        UsageError: `input_shapes` does not fit the model.
     """
     try:
-        model = _capture(source, strict)
-    except (ModelError, MemoryError):
+        model = _capture(source, strict, input_shapes or {})
+    except (ModelError, UsageError, MemoryError):
         raise
     except Exception as error:  # parsers and converters raise anything on a damaged model; the cause stays chained
         where = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
@@ -72,7 +75,7 @@ def root_cause(error: BaseException) -> str:
     return f"{text} ({type(error).__name__})" if text else type(error).__name__
 
 
-def _capture(source: Source, strict: bool) -> ir.Model:
+def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Model:
     model, unsorted = _read(source)
     versions = [model.opset_imports.get(""), *(f.opset_imports.get("") for f in model.functions.values())]
     model.meta[SOURCE_OPSET] = max((version for version in versions if version), default=IR_OPSET)
@@ -85,6 +88,7 @@ def _capture(source: Source, strict: bool) -> ir.Model:
     lift_constants(model)
     _unshadow(model.graph, set())
     _note_non_finite(model, strict)
+    fix_input_shapes(model, input_shapes)
     infer_shapes(model)
     return model
 
