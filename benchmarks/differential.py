@@ -251,25 +251,20 @@ def planted() -> dict[str, Any]:
 
 
 def again(seed: int, configs: tuple[str, ...], write: Path | None) -> int:
-    """Judge one seed in this process and print everything about it."""
+    """Judge one seed and print everything about it."""
     import onnx
     from differential_graphs import build
-    from differential_judge import judge
 
+    outcome = next(results([seed], configs, 1))
     config, only = plan(seed, configs)
-    warnings.simplefilter("ignore")
-    for attempt in range(ATTEMPTS):
-        case = build(seed, config, attempt=attempt, only=only)
-        outcome = judge(case, lambda phase: print(f"  {phase}", file=sys.stderr, flush=True))
-        if outcome.verdict != "invalid":
-            break
+    case = build(seed, config, attempt=outcome["attempt"], only=only)
     print(onnx.printer.to_text(case.model))
     for feed in case.feeds:
         print({name: (str(array.dtype), array.shape) for name, array in feed.items()})
-    print(json.dumps(asdict(outcome), indent=1))
+    print(json.dumps(outcome, indent=1))
     if write is not None:
         write.write_bytes(case.model.SerializeToString())
-    return int(outcome.verdict in BAD)
+    return int(outcome["verdict"] in BAD)
 
 
 def main() -> int:

@@ -127,21 +127,21 @@ def _start(s: Sketch, family: str) -> Value:
 
 def _chain(s: Sketch, only: str) -> None:
     families = [str(s.pick(*FAMILIES))]
-    if only:
-        families += list(dict.fromkeys(FAMILIES))
-    elif s.chance(0.25):
+    if not only and s.chance(0.25):
         families.append(str(s.pick(*FAMILIES)))
     s.live += [_start(s, family) for family in families]
+    while only and not MOTIFS[only].takes(s.live[-1]):
+        s.inputs.clear()
+        s.live[:] = [_start(s, str(s.pick(*FAMILIES)))]
     if only:
-        fits = [v for v in s.live if MOTIFS[only].takes(v)]
-        y = draw(s, s.pick(*fits), only=only) if fits else None
+        y = draw(s, s.live[-1], only=only)
         s.live += [y] if y is not None else []
     for _ in range(int(s.rng.integers(1, 7)) if not only else int(s.rng.integers(0, 2))):
         x = s.live[-1] if s.chance(0.75) else s.pick(*s.live)
         y = draw(s, x)
         if y is not None:
             s.live.append(y)
-    ends = [s.live[-1]] + [v for v in s.live[len(families) : -1] if s.chance(0.15)]
+    ends = [s.live[-1]] + [v for v in s.live[:-1] if v.name not in s.inputs and s.chance(0.15)]
     s.outputs = list({v.name: v for v in (*ends, *s.outputs)}.values())
 
 

@@ -21,7 +21,7 @@ def _extent(size: Dim, kernel: int, stride: int, dilation: int, pad: tuple[int, 
 
 
 def conv(s: Sketch, x: Value, outputs: int, kernel: int = 3, **options: Any) -> Value | None:
-    """A Conv; options: group, stride, dilation, pad (per side), bias. None where the kernel is larger than the image."""
+    """A Conv; options: group, stride, dilation, pad (per side), bias. None where the kernel exceeds the image."""
     space = x.rank - 2
     group, stride, dilation = options.get("group", 1), options.get("stride", 1), options.get("dilation", 1)
     pad = options.get("pad", (kernel // 2, kernel // 2))

@@ -4,6 +4,7 @@ Motifs (`differential_motifs` and its siblings) draw on a `Sketch`. They say wha
 of an operator depend on the opset, the sketch knows (`reduce`, `squeeze`, `split`, ...). Numbers that a motif writes
 down come back as constants in a random form: rank 0 or 1, as many axes as the operand or one more, an initializer, a
 Constant node, or an initializer that the caller may override.
+"""
 
 from __future__ import annotations
 
