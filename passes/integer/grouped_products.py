@@ -110,7 +110,8 @@ class GroupProducts(SharedInput):
         return None
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
-        weight = constant_tensor(match.node(0).inputs[1])
+        first = match.roots[0].producer()
+        weight = constant_tensor(first.inputs[1]) if first is not None else None
         assert weight is not None
         read = grouped(match["x"], int(weight.shape.numpy()[0]), self._options.group, build)
 
