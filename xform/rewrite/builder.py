@@ -75,6 +75,14 @@ class Builder:
         self.initializers.append(value)
         return value
 
+    def discard(self) -> None:
+        """Let go of what was built, so that its operands do not count it among their readers."""
+        for node in self.nodes:
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
+        self.nodes.clear()
+        self.initializers.clear()
+
     def _input(self, given: Input, like: ir.DataType | None) -> ir.Value | None:
         if given is None or isinstance(given, ir.Value):
             return given
