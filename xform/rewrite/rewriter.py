@@ -139,11 +139,11 @@ class Rewriter:
         names = tuple(dict.fromkeys(display_name(n) for n in nodes))  # before the commit, which renames values
         builder = Builder(self.model.opset_imports, self._unique, origin, self.pass_name, rule.name)
         result = rule.rewrite(match, builder)
-        refused = result if isinstance(result, Failure) else self._refused(rule, match, _values(result), builder)
-        if isinstance(result, Failure) or refused is not None:
+        values = () if isinstance(result, Failure) else _values(result)
+        refused = result if isinstance(result, Failure) else self._refused(rule, match, values, builder)
+        if refused is not None:
             builder.discard()
             return refused
-        values = _values(result)
         edit = commit(rule.name, origin, match.roots, values, builder, self._unique)
         self.edits.append(edit)
         self.context.applications += 1
@@ -161,7 +161,7 @@ class Rewriter:
             raise XformError(
                 f"rule {rule.name} gave {len(values)} values for {len(match.roots)} roots", where=_origin(nodes)
             )
-        reason = lost_kernel(nodes, builder.nodes, self.context.target)
+        reason = next(iter(builder.lossy), None) or lost_kernel(nodes, builder.nodes, self.context.target)
         for old, new in zip(match.roots, values, strict=True):
             reason = reason or disagreement(old, new)
         return None if reason is None else Failure(reason, tuple(nodes))
