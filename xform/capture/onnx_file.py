@@ -16,17 +16,22 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from xform.capture.check_proto import check_proto, tensors
+from xform.capture.check_proto import check_proto
+from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
-from xform.capture.external import check_external
+from xform.capture.external import check_external, check_external_ir
 from xform.capture.input_shapes import InputShapes, fix_input_shapes
+from xform.capture.loadable import refuse_unloadable
 from xform.capture.read_proto import parse_bytes, parse_file
 from xform.capture.sparse import densify
+from xform.capture.walk import tensors
 from xform.errors import ModelError, UsageError
 from xform.graph.clone import SOURCE_OPSET, clone
 from xform.graph.opset import IR_OPSET, upgrade
 from xform.graph.shapes import infer_shapes
+from xform.graph.values import Dim, shape_of
 from xform.graph.write import SOURCE_PATH, skeleton
+from xform.text import shown
 
 NOTES = "xform.notes"  # key in model.meta: sentences that the user should see about the model
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
@@ -83,14 +88,41 @@ def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Mode
     _drop_forced_inputs(model)
     _open_negative_dims(model)
     _load_attribute_tensors(model)
+    _settle_functions(model)
     upgrade(model, max(IR_OPSET, model.meta[SOURCE_OPSET]))
     _inline(model)
     lift_constants(model)
     _unshadow(model.graph, set())
     _note_non_finite(model, strict)
     fix_input_shapes(model, input_shapes)
+    declared = [(value, value.dtype, shape_of(value)) for value in model.graph.outputs]
     infer_shapes(model)
+    for value, dtype, shape in declared:
+        _compare_declared(model, value, dtype, shape)
+    refuse_unloadable(model)
+    check_shapes(model)
     return model
+
+
+def _compare_declared(
+    model: ir.Model, value: ir.Value, dtype: ir.DataType | None, shape: tuple[Dim, ...] | None
+) -> None:
+    """Refuse an output that is declared as another dtype than it has; note another shape, which runtimes accept."""
+    if dtype is not None and value.dtype is not None and dtype != value.dtype:
+        raise ModelError(
+            f"an output is declared as {dtype.name}, and the graph computes {value.dtype.name}",
+            where=value.name or "",
+            hint="export the model again, or put a Cast before the output",
+        )
+    found = shape_of(value)
+    if shape is None or found is None:
+        return
+    pairs = zip(shape, found, strict=False)
+    if len(shape) != len(found) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+        notes(model).append(
+            f"output '{shown(value.name)}' is declared with shape {list(shape)}, and the graph computes {list(found)}; "
+            "what it computes counts"
+        )
 
 
 def _read(source: Source) -> tuple[ir.Model, list[str]]:
@@ -126,6 +158,7 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
 
 
 def _copy_model(source: ir.Model) -> tuple[ir.Model, list[str]]:
+    check_external_ir(source)
     proto = skeleton(source)
     unsorted = check_proto(proto)
     model = clone(source)
@@ -246,6 +279,13 @@ def _load_attribute_tensors(model: ir.Model) -> None:
                     node.attributes[name] = ir.AttrTensor(
                         name, ir.Tensor(tensor.numpy().copy(), tensor.dtype, shape=tensor.shape, name=tensor.name)
                     )
+
+
+def _settle_functions(model: ir.Model) -> None:
+    """Let functions be at the model's opsets, where `check_functions` has seen that this changes nothing."""
+    for function in model.functions.values():
+        for domain in set(function.opset_imports) & set(model.opset_imports):
+            function.opset_imports[domain] = model.opset_imports[domain]
 
 
 def _inline(model: ir.Model) -> None:

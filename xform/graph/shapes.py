@@ -120,7 +120,7 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return _infer_once(proto)
     except _REJECTED:
-        # A declared output that contradicts the graph stops inference; undeclared outputs contradict nothing.
+        # A written type that contradicts the graph stops inference; without it there is nothing to contradict.
         for output in proto.graph.output:
             output.ClearField("type")
         del proto.graph.value_info[:]
