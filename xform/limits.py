@@ -61,7 +61,7 @@ def check(name: str, asked: float, what: str, where: str | tuple[str, ...] = ())
             name,
             f"{what} needs {asked:,.0f}{unit}, limit {name!r} is {allowed:,.0f}{unit}",
             where=where,
-            hint=f"if the model is meant to be so, raise the limit: --limit {name}=N, or limits={{{name!r}: N}}",
+            hint=f"if the model is meant to be so, raise the limit: limits={{{name!r}: N}}",
         )
 
 

@@ -18,14 +18,14 @@ from onnx_ir.passes.common import InlinePass
 
 from xform.capture.check_proto import check_proto, tensors
 from xform.capture.constants import lift_constants
-from xform.capture.external import check_external
+from xform.capture.external import check_external, data_files
 from xform.capture.read_proto import parse_bytes, parse_file
 from xform.capture.sparse import densify
 from xform.errors import ModelError
 from xform.graph.clone import SOURCE_OPSET, clone
 from xform.graph.opset import IR_OPSET, upgrade
 from xform.graph.shapes import infer_shapes
-from xform.graph.write import SOURCE_PATH, skeleton
+from xform.graph.write import SOURCE_DATA, SOURCE_PATH, skeleton
 
 NOTES = "xform.notes"  # key in model.meta: sentences that the user should see about the model
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
@@ -56,6 +56,14 @@ def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
         where = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
         raise ModelError(f"the model could not be read: {root_cause(error)}", where=where) from error
     return model
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model's file and the data files that it points to; only the file where that is not ONNX, as capture tells."""
+    try:
+        return [path, *data_files(tensors(parse_file(path)), path.parent)]
+    except ModelError:
+        return [path]
 
 
 def notes(model: ir.Model) -> list[str]:
@@ -111,7 +119,8 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
     if folder is not None and path is not None:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, folder)
-        model.meta[SOURCE_PATH] = str(path)
+        model.meta[SOURCE_PATH] = os.path.abspath(path)
+        model.meta[SOURCE_DATA] = [os.path.abspath(file) for file in data_files(tensors(proto), folder)]
     if isinstance(source, onnx.ModelProto):
         _own_tensors(model)
     if proto.training_info:
