@@ -154,13 +154,13 @@ def test_the_graph_is_the_canonical_one(optimized: OptimizedGraph) -> None:
 
 def test_saving_writes_a_model_that_runs_and_the_report_beside_it(optimized: OptimizedGraph, tmp_path: Path) -> None:
     files = optimized.save(tmp_path / "out.onnx", report=True)
-    assert files == [tmp_path / "out.onnx", tmp_path / "report.json"]
+    assert files == [tmp_path / "out.onnx", tmp_path / "out.report.json"]
     given = feeds()
     output = ort.InferenceSession(str(files[0])).run(None, given)[0]
     np.testing.assert_allclose(output, reference(given), rtol=1e-5, atol=1e-5)
     assert json.loads(files[1].read_text())["backend"] == "onnxruntime"
     onnx.checker.check_model(str(files[0]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.report.json"]
 
 
 def test_portable_and_opset_are_obeyed(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from xform.pipeline.result import PipelineResult, size_of
 from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.tune import INPUT, MODES, TuneMode, candidates, choose, competitors
 from xform.pipeline.verify import Execute, UserInputs, Verification, Verifier
-from xform.report.concepts import count_concepts
+from xform.report.concepts import count_concepts, with_concepts
 from xform.report.schema import Report, VerificationReport
 from xform.rewrite.passes import Fidelity, Pass
 from xform.rewrite.remarks import Remark, Verdict
@@ -346,7 +346,7 @@ def _fill(
     report.before = size_of(captured)
     report.after = size_of(compiled.graph)
     report.passes = result.passes
-    report.remarks = list(result.remarks)
+    report.remarks = with_concepts(result.remarks, captured)
     compiled.note_choices()
     report.concepts = count_concepts(compiled.graph)
     report.verification = _verification_report(verification, request, result.verifier)

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from xform.capture.check_proto import check_proto
 from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
-from xform.capture.external import check_external, check_external_ir
+from xform.capture.external import check_external, check_external_ir, data_files
 from xform.capture.input_shapes import InputShapes, fix_input_shapes
 from xform.capture.loadable import refuse_unloadable
 from xform.capture.read_proto import parse_bytes, parse_file
@@ -30,7 +30,7 @@ from xform.graph.clone import SOURCE_OPSET, clone
 from xform.graph.opset import IR_OPSET, upgrade
 from xform.graph.shapes import infer_shapes
 from xform.graph.values import Dim, shape_of
-from xform.graph.write import SOURCE_PATH, skeleton
+from xform.graph.write import SOURCE_DATA, SOURCE_PATH, skeleton
 from xform.text import shown
 
 NOTES = "xform.notes"  # key in model.meta: sentences that the user should see about the model
@@ -64,6 +64,14 @@ def capture_onnx(source: Source, *, strict: bool = False, input_shapes: InputSha
         where = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
         raise ModelError(f"the model could not be read: {root_cause(error)}", where=where) from error
     return model
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model's file and the data files that it points to; only the file where that is not ONNX, as capture tells."""
+    try:
+        return [path, *data_files(tensors(parse_file(path)), path.parent)]
+    except ModelError:
+        return [path]
 
 
 def notes(model: ir.Model) -> list[str]:
@@ -147,7 +155,8 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
     if folder is not None and path is not None:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, folder)
-        model.meta[SOURCE_PATH] = str(path)
+        model.meta[SOURCE_PATH] = os.path.abspath(path)
+        model.meta[SOURCE_DATA] = [os.path.abspath(file) for file in data_files(tensors(proto), folder)]
     if isinstance(source, onnx.ModelProto):
         _own_tensors(model)
     if proto.training_info:

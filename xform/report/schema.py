@@ -103,9 +103,10 @@ class LatencyReport:
     """Latency before and after, measured in turn in processes of their own.
 
     Attributes:
-        before_ms: Median milliseconds of the model as it came.
-        after_ms: Median milliseconds of the optimized model.
-        speedup: before_ms / after_ms, taken per round; above 1 is faster.
+        before_ms: Median milliseconds of the model as it came, over the middle half of the rounds (those in which the
+            machine was neither unusually fast nor slow).
+        after_ms: The same of the optimized model, over the same rounds.
+        speedup: before_ms / after_ms; above 1 is faster.
         rounds: How often each model was measured.
         threads: Intra-op threads of the runtime; None for its default.
     """
@@ -163,8 +164,8 @@ class Report:
     schema: str = SCHEMA
 
     def about(self, concept: str) -> list[Remark]:
-        """Remarks whose concept, pass or rule is `concept`."""
-        return [r for r in self.remarks if concept in (r.concept, r.pass_name, r.rule)]
+        """Remarks whose concept, pass or rule is `concept`, or which name a node that was one."""
+        return [r for r in self.remarks if r.is_about(concept)]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, the schema's name first."""
