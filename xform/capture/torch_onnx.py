@@ -6,12 +6,8 @@ decomposition, and otherwise kept, as nodes of the domain `torch` that carry the
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,27 +18,12 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.onnx._internal.exporter import _core, _registration
 
 from xform.capture.onnx_file import notes
+from xform.capture.quiet import quiet
 from xform.capture.torch_errors import failing_node
 from xform.capture.torch_operators import keep_operator
 from xform.capture.torch_program import PREFIX
 
 OPSET = 23
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's progress and warnings out of the user's terminal; errors are raised anyway."""
-    loggers = [logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def translate(program: ExportedProgram) -> ir.Model:
