@@ -58,6 +58,20 @@ def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
     return model
 
 
+def read_onnx(path: Path) -> ir.Model:
+    """A file as it is: checked, its weights left where they are, nothing upgraded, inlined or inferred.
+
+    Raises:
+        ModelError: The file is no well-formed ONNX model.
+    """
+    try:
+        return _read(path)[0]
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # as above
+        raise ModelError(f"the model could not be read: {root_cause(error)}", where=str(path)) from error
+
+
 def notes(model: ir.Model) -> list[str]:
     """What capture found worth telling about a model: NaN weights, an unsorted graph, overridable weights."""
     found: list[str] = model.meta.setdefault(NOTES, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,13 +27,17 @@ from xform.errors import CaptureError, UsageError
 
 Source = torch.nn.Module | ExportedProgram
 
+_PLACE = re.compile(r"\btensors_(\d+)\b")  # what torch calls the inputs of a FlatModule
 _LOCK = threading.RLock()  # of the one capture that may run in a process
 
 
 def _forget_lock() -> None:
     """In a forked child: the thread that held the lock is not there to release it."""
     global _LOCK
-    _LOCK = threading.RLock()
+    _PLACE = re.compile(r"\btensors_(\d+)\b")  # what torch calls the inputs of a FlatModule
+
+
+_LOCK = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget_lock)
@@ -320,7 +325,7 @@ def _attempt(
         for axis, request in axes.items():
             if request is not None and isinstance(size := sizes.shapes[fixed][axis], int):
                 raise CaptureError(
-                    f"{name} does not take other sizes of dim {request.name!r}: axis {axis} of {fixed} is always {size}",
+                    f"{name} takes one size of dim {request.name!r}: axis {axis} of {fixed} is always {size}",
                     hint="leave this dim out of `dynamic`, or use dynamic='auto'",
                 )
     results = flat.results.settled(constant_outputs(program))
@@ -329,6 +334,8 @@ def _attempt(
         model = translate(program)
     except Exception as error:
         raise capture_error(f"{name} cannot be translated to ONNX", error, list(tensors)) from error
+    names = list(arguments.tensors)
+    notes(model)[:] = [_PLACE.sub(lambda match: names[int(match[1])], note) for note in notes(model)]
     model = canonical_container(model, list(arguments.tensors), results.names, symbols)
     outputs = tuple(value.name or "" for value in model.graph.outputs)
     return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)

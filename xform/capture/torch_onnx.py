@@ -24,6 +24,7 @@ from xform.capture.torch_operators import keep_operator
 from xform.capture.torch_program import PREFIX
 
 OPSET = 23
+WRITTEN = "xform.written_buffers"  # key in model.meta: names of buffers that forward writes into
 
 
 def translate(program: ExportedProgram) -> ir.Model:
@@ -93,7 +94,9 @@ def _restore_doubles(model: ir.Model, program: ExportedProgram) -> None:
 
 def _note_writes(model: ir.Model, signature: ExportGraphSignature) -> None:
     """Tell of what forward writes into: a graph has no side effects."""
-    written = [f"buffer {name.removeprefix(PREFIX)}" for name in signature.buffers_to_mutate.values()]
+    buffers = [name.removeprefix(PREFIX) for name in signature.buffers_to_mutate.values()]
+    model.meta[WRITTEN] = tuple(buffers)
+    written = [f"buffer {name}" for name in buffers]
     written += [f"argument {name}" for name in signature.user_inputs_to_mutate.values()]
     notes(model).extend(
         f"forward writes into its {what}; the captured graph computes the same result but does not write there"

@@ -1,12 +1,12 @@
 """A stand-in for a user's module: other objects, the same tensors.
 
-torch.export swaps a module's parameters for fake tensors while it traces, `forward` may write into buffers and attributes,
-and evaluation mode is a flag on every submodule. None of that may reach the module that the user is holding, and perhaps
-running in another thread. So whatever runs or traces a module here does it on a twin.
+torch.export swaps a module's parameters for fake tensors while it traces, `forward` may write into buffers and
+attributes, and evaluation mode is a flag on every submodule. None of that may reach the module that the user is
+holding, and perhaps running in another thread. So whatever runs or traces a module here does it on a twin.
 
-The twin has its own modules, dicts, lists, bound methods, closures and partials. It shares parameters, or all tensors. Objects of
-other classes are shared, because they may be anything (a trainer, a tokenizer, a connection); what `forward` assigns to
-their attributes is taken back afterwards.
+The twin has its own modules, dicts, lists, bound methods, closures and partials. It shares parameters, or all tensors.
+Objects of other classes are shared, because they may be anything (a trainer, a tokenizer, a connection); what `forward`
+assigns to their attributes is taken back afterwards.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class _Maker:
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
+        result: Any
         if isinstance(value, torch.Tensor):
             result = self._tensor(value)
         elif isinstance(value, torch.nn.Module) or _is_value(value):
@@ -123,7 +124,7 @@ class _Maker:
         if isinstance(tensor, torch.nn.Parameter) or not self._own_tensors:
             return tensor
         if tensor.is_leaf and not tensor.is_meta:
-            return cast(torch.Tensor, copy.deepcopy(tensor, self._memo))  # views of one storage stay so
+            return copy.deepcopy(tensor, self._memo)  # views of one storage stay so
         return tensor.detach().clone()
 
 
