@@ -13,12 +13,15 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
+from xform.arguments import check_inputs, check_types, listed_passes, parsed_target, progress_of
 from xform.backends import LowerOptions
 from xform.capture.input_shapes import InputShapes
 from xform.capture.onnx_file import capture_onnx
-from xform.compilation import Request, compile_graph
+from xform.compilation import Request
 from xform.errors import UsageError, XformError
-from xform.optimized import Optimized, OptimizedGraph, OptimizedModule, call_arguments
+from xform.optimized import LoadedModel, Optimized, OptimizedGraph, OptimizedModule, call_arguments, load
+from xform.optimized.compiling import compile_and_tell
+from xform.optimized.weights import FileWeights
 from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
 from xform.pipeline.tolerance import UserTolerance
@@ -28,7 +31,7 @@ from xform.target import Target
 
 Model = torch.nn.Module | ExportedProgram | str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
-__all__ = ["Model", "Optimized", "optimize"]
+__all__ = ["LoadedModel", "Model", "Optimized", "load", "optimize"]
 
 
 def optimize(
@@ -52,7 +55,7 @@ def optimize(
     compile_only: bool = False,
     tune: TuneMode = "off",
     padding: str = "padded",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
 
@@ -88,7 +91,7 @@ def optimize(
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
-        progress: Called with what is being done, steps done, and steps in all.
+        progress: True for a bar, or a function that is called with what is being done, steps done, and steps in all.
 
     Returns:
         Something to call like the original; see `OptimizedModule` and `OptimizedGraph`.
@@ -96,10 +99,16 @@ def optimize(
     Raises:
         UsageError, ModelError, VerificationError, TargetError: See `xform.errors`.
     """
+    check_types(
+        target=target, preset=preset, backend=backend, verify=verify, tune=tune, padding=padding, precision=precision,
+        compile=compile, opset=opset, tolerance=tolerance, strict=strict, portable=portable, compile_only=compile_only,
+    )  # fmt: skip
+    shown = progress_of(progress)
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
-        target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune, padding
-    )
+        parsed_target(target), preset, listed_passes(passes), backend, calibration, tolerance, verify, strict, lowering,
+        shown, tune, padding,
+    )  # fmt: skip
     if isinstance(model, torch.nn.Module | ExportedProgram):
         if input_shapes is not None:
             raise UsageError(
@@ -114,19 +123,22 @@ def optimize(
     start = time.perf_counter()
     captured = capture_onnx(model, strict=strict, input_shapes=input_shapes)
     source = Path(model).name if isinstance(model, str | os.PathLike) else captured.graph.name or type(model).__name__
+    weights = FileWeights(captured)
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start
     try:
-        return OptimizedGraph(compile_graph(captured, request, source=source, inputs=cases, capture_seconds=seconds))
+        compiled = compile_and_tell(captured, request, [], source=source, inputs=cases, capture_seconds=seconds)
     except XformError:
         raise
     except Exception as error:
         raise blamed(captured, error) from error
+    return OptimizedGraph(compiled, weights)
 
 
 def _optimize_module(
     module: torch.nn.Module | ExportedProgram, request: Request, inputs: Any, dynamic: Any
 ) -> OptimizedModule:
+    check_inputs(inputs)
     if isinstance(module, ExportedProgram):
         args, kwargs = call_arguments(inputs) if inputs is not None else module.example_inputs or ((), {})
         optimized = OptimizedModule(module, request, dynamic)

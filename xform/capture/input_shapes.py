@@ -46,10 +46,10 @@ def fix_input_shapes(model: ir.Model, shapes: InputShapes) -> None:
     for name, shape in wanted.items():
         inputs[name].shape = ir.Shape([_substituted(dim, numbers, names) for dim in shape])
     if numbers:  # a name that only outputs have may stand for a size that follows from the numbers
-        known = {dim for value in inputs.values() for dim in shape_of(value) or () if isinstance(dim, str)}
+        left = {dim for value in inputs.values() for dim in shape_of(value) or () if isinstance(dim, str)}
         for value in model.graph.outputs:
             if value.shape is not None and not value.is_graph_input():
-                kept = [dim if isinstance(dim, int) or dim in known else None for dim in shape_of(value) or ()]
+                kept = [dim if isinstance(dim, int) or dim in left else None for dim in shape_of(value) or ()]
                 value.shape = ir.Shape(kept)
 
 

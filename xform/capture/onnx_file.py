@@ -69,9 +69,23 @@ def capture_onnx(source: Source, *, strict: bool = False, input_shapes: InputSha
 def files_of(path: Path) -> list[Path]:
     """A model's file and the data files that it points to; only the file where that is not ONNX, as capture tells."""
     try:
-        return [path, *data_files(tensors(parse_file(path)), path.parent)]
+        return [path, *data_files((tensor for tensor, _ in tensors(parse_file(path))), path.parent)]
     except ModelError:
         return [path]
+
+
+def read_onnx(path: Path) -> ir.Model:
+    """A file as it is: checked, its weights left where they are, nothing upgraded, inlined or inferred.
+
+    Raises:
+        ModelError: The file is no well-formed ONNX model.
+    """
+    try:
+        return _read(path)[0]
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # as above
+        raise ModelError(f"the model could not be read: {root_cause(error)}", where=str(path)) from error
 
 
 def notes(model: ir.Model) -> list[str]:
@@ -156,7 +170,9 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, folder)
         model.meta[SOURCE_PATH] = os.path.abspath(path)
-        model.meta[SOURCE_DATA] = [os.path.abspath(file) for file in data_files(tensors(proto), folder)]
+        model.meta[SOURCE_DATA] = [
+            os.path.abspath(file) for file in data_files((tensor for tensor, _ in tensors(proto)), folder)
+        ]
     if isinstance(source, onnx.ModelProto):
         _own_tensors(model)
     if proto.training_info:
