@@ -45,7 +45,20 @@ CONCEPTS: dict[str, tuple[tuple[str, str], ...]] = {
     "rotary": (("", "RotaryEmbedding"), ("com.microsoft", "RotaryEmbedding")),
     "linear": (("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul"), ("com.microsoft", "FusedGemm")),
     "conv": (("", "Conv"), ("com.microsoft", "FusedConv"), ("com.microsoft", "NhwcFusedConv")),
+    "int8": (  # and products of floats that read codes through DequantizeLinear
+        ("", "MatMulInteger"),
+        ("", "ConvInteger"),
+        ("", "QLinearMatMul"),
+        ("", "QLinearConv"),
+        ("com.microsoft", "DynamicQuantizeMatMul"),
+        ("com.microsoft", "MatMulIntegerToFloat"),
+        ("com.microsoft", "QAttention"),
+        ("com.microsoft", "QGemm"),
+    ),
 }
+
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+_CODES = (ir.DataType.INT8, ir.DataType.UINT8)
 
 _BY_OP = {key: concept for concept, keys in CONCEPTS.items() for key in keys}
 
@@ -53,11 +66,15 @@ _BY_OP = {key: concept for concept, keys in CONCEPTS.items() for key in keys}
 def count_concepts(model: ir.Model) -> dict[str, int]:
     """Number of nodes of each concept in `model`, subgraphs included; concepts that do not occur are left out.
 
+    A product or convolution with a weight in int8 counts as "int8", besides "linear" or "conv" where its operator is one.
     A SiLU is a `Swish` or the pair `Mul(x, Sigmoid(x))`, since ONNX has the operator only from opset 24 on.
     """
     counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
-        concept = _BY_OP.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))
+        key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+        concept = _BY_OP.get(key)
+        if _reads_codes(node):
+            counts["int8"] += 1
         if concept is None and _is_silu(node):
             concept = "silu"
         if concept is not None:
@@ -73,6 +90,15 @@ def count_op_types(model: ir.Model) -> dict[str, int]:
 def op_name(node: ir.Node) -> str:
     """Operator of a node as users write it: `Conv`, `com.microsoft.FusedConv`."""
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
+def _reads_codes(node: ir.Node) -> bool:
+    """Whether the weight of a product or convolution is decoded from 8 bits."""
+    if not is_op(node, *_PRODUCTS) or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    decode = node.inputs[1].producer()
+    codes = decode.inputs[0] if decode is not None and is_op(decode, "DequantizeLinear") else None
+    return codes is not None and codes.dtype in _CODES
 
 
 def _is_silu(node: ir.Node) -> bool:
