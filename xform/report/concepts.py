@@ -66,8 +66,8 @@ _BY_OP = {key: concept for concept, keys in CONCEPTS.items() for key in keys}
 def count_concepts(model: ir.Model) -> dict[str, int]:
     """Number of nodes of each concept in `model`, subgraphs included; concepts that do not occur are left out.
 
-    A product or convolution with a weight in int8 counts as "int8", besides "linear" or "conv" where its operator is one.
-    A SiLU is a `Swish` or the pair `Mul(x, Sigmoid(x))`, since ONNX has the operator only from opset 24 on.
+    A product or convolution with a weight in int8 counts as "int8", besides "linear" or "conv" where its operator is
+    one. A SiLU is a `Swish` or the pair `Mul(x, Sigmoid(x))`, since ONNX has the operator only from opset 24 on.
     """
     counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
