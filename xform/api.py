@@ -17,6 +17,7 @@ from xform.backends import LowerOptions
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request, compile_graph
 from xform.errors import UsageError, XformError
+from xform.limits import Limits, limited
 from xform.optimized import Optimized, OptimizedGraph, OptimizedModule, call_arguments
 from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
@@ -50,6 +51,7 @@ def optimize(
     compile_only: bool = False,
     tune: TuneMode = "off",
     padding: str = "padded",
+    limits: Mapping[str, float] | Limits | None = None,
     progress: Progress | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
@@ -84,6 +86,8 @@ def optimize(
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
+        limits: What the model may ask of this machine, by name, instead of the defaults of `xform.limits.Limits`:
+            `{"memory": 2**34, "seconds": 600}`.
         progress: Called with what is being done, steps done, and steps in all.
 
     Returns:
@@ -94,8 +98,9 @@ def optimize(
     """
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
-        target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune, padding
-    )
+        target, preset, passes, backend, calibration, tolerance, verify, strict, lowering, progress, tune, padding,
+        limits,
+    )  # fmt: skip
     if isinstance(model, torch.nn.Module | ExportedProgram):
         return _optimize_module(model, request, inputs, dynamic)
     if not isinstance(model, str | os.PathLike | bytes | onnx.ModelProto | ir.Model):
@@ -103,8 +108,15 @@ def optimize(
             f"cannot optimize a {type(model).__name__}",
             hint="give a torch module or ExportedProgram, or an ONNX model as path, bytes, ModelProto or onnx_ir.Model",
         )
+    with limited(request.limits):
+        return _optimize_onnx(model, request, inputs, dynamic)
+
+
+def _optimize_onnx(
+    model: str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model, request: Request, inputs: Any, dynamic: Any
+) -> OptimizedGraph:
     start = time.perf_counter()
-    captured = capture_onnx(model, strict=strict)
+    captured = capture_onnx(model, strict=request.strict)
     source = Path(model).name if isinstance(model, str | os.PathLike) else captured.graph.name or type(model).__name__
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start

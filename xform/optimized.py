@@ -20,6 +20,7 @@ from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.capture.torch_program import evaluating
 from xform.compilation import Compiled, Request, compile_graph
 from xform.errors import UsageError
+from xform.limits import limited
 from xform.pipeline.random_inputs import is_dynamic, random_inputs
 from xform.report.files import write_report
 from xform.report.schema import Report
@@ -202,15 +203,16 @@ class OptimizedModule(Optimized):
         seconds = time.perf_counter() - start
         self.captures += 1
         example = {name: tensor.detach().clone() for name, tensor in captured.flatten(args, kwargs).items()}
-        compiled = compile_graph(
-            captured.model,
-            self._request,
-            source=type(self.original).__name__,
-            inputs=_verification_inputs(captured, example),
-            oracle=_oracle(self.original, captured, example),
-            capture_seconds=seconds,
-            flatten=lambda sample: captured.flatten(*call_arguments(sample)),
-        )
+        with limited(self._request.limits):
+            compiled = compile_graph(
+                captured.model,
+                self._request,
+                source=type(self.original).__name__,
+                inputs=_verification_inputs(captured, example),
+                oracle=_oracle(self.original, captured, example),
+                capture_seconds=seconds,
+                flatten=lambda sample: captured.flatten(*call_arguments(sample)),
+            )
         if reason:
             remark = Remark("capture", "recapture", "applied", (), f"captured again, because {reason}", "capture")
             compiled.report.remarks.insert(0, remark)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from xform.errors import ModelError
-from xform.graph.shape_proto import node_proto, skeleton
+from xform.graph.shape_proto import PROPAGATED_LIMIT, node_proto, propagated_elements, skeleton
 from xform.graph.values import display_name
 
 _TAG = "xform_node_"
@@ -41,6 +41,8 @@ def refuse_unloadable(model: ir.Model, foreign: frozenset[str] = frozenset()) ->
         model: After shape inference, functions inlined.
         foreign: Domains that ONNX Runtime does not know; a model that uses one is not judged.
 
+    A model whose shape data would fill the memory while it is loaded is not judged either.
+
     Raises:
         ModelError: With the node's name and the runtime's reason.
     """
@@ -48,6 +50,8 @@ def refuse_unloadable(model: ir.Model, foreign: frozenset[str] = frozenset()) ->
     if model.opset_imports.get("", 1) > _NEWEST_OPSET or any(node.domain in foreign for node in nodes):
         return
     proto = skeleton(model, ())
+    if propagated_elements(proto.graph) > PROPAGATED_LIMIT:
+        return
     for number, node in enumerate(_proto_nodes(proto.graph)):
         node.name = f"{_TAG}{number}"
     reason = _reason(proto)
