@@ -44,14 +44,15 @@ def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
     return proto
 
 
-def propagated_elements(graph: onnx.GraphProto) -> int:
-    """How many elements of shape data inference would carry from node to node, at most."""
+def propagated_elements(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many elements of shape data inference would carry from node to node, at most: by the value that they are."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
-    return _propagated(graph, sizes)
+    made: dict[str, int] = {}
+    _propagate(graph, sizes, made)
+    return made
 
 
-def _propagated(graph: onnx.GraphProto, sizes: dict[str, int]) -> int:
-    total = 0
+def _propagate(graph: onnx.GraphProto, sizes: dict[str, int], made: dict[str, int]) -> None:
     for node in graph.node:
         given = [*(sizes.get(name, 0) for name in node.input), 0, 0]
         if node.op_type in ("Shape", "Size"):
@@ -65,13 +66,11 @@ def _propagated(graph: onnx.GraphProto, sizes: dict[str, int]) -> int:
         else:
             size = 0
         if size and node.output:
-            sizes[node.output[0]] = size
-            total += size
+            sizes[node.output[0]] = made[node.output[0]] = size
         for attr in node.attribute:
             for inner in (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs):
                 sizes.update((tensor.name, math.prod(tensor.dims)) for tensor in inner.initializer)
-                total += _propagated(inner, sizes)
-    return total
+                _propagate(inner, sizes, made)
 
 
 _FOLLOWED = frozenset({"Slice", "Squeeze", "Unsqueeze", "Cast", "Add", "Sub", "Mul", "Identity", "Reshape"})

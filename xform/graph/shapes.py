@@ -116,7 +116,7 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _infer_once(proto: onnx.ModelProto) -> onnx.ModelProto:
-    follow = propagated_elements(proto.graph) <= PROPAGATED_LIMIT
+    follow = sum(propagated_elements(proto.graph).values()) <= PROPAGATED_LIMIT
     return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
 
 
