@@ -19,6 +19,7 @@ from xform.capture.input_shapes import InputShapes
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request
 from xform.errors import UsageError, XformError
+from xform.limits import Limits, limited
 from xform.optimized import LoadedModel, Optimized, OptimizedGraph, OptimizedModule, call_arguments, load
 from xform.optimized.compiling import compile_and_tell
 from xform.optimized.weights import FileWeights
@@ -55,6 +56,7 @@ def optimize(
     compile_only: bool = False,
     tune: TuneMode = "off",
     padding: str = "padded",
+    limits: Mapping[str, float] | Limits | None = None,
     progress: Progress | bool | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
@@ -91,6 +93,8 @@ def optimize(
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
+        limits: What the model may ask of this machine, by name, instead of the defaults of `xform.limits.Limits`:
+            `{"memory": 2**34, "seconds": 600}`.
         progress: True for a bar, or a function that is called with what is being done, steps done, and steps in all.
 
     Returns:
@@ -107,7 +111,7 @@ def optimize(
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
         parsed_target(target), preset, listed_passes(passes), backend, calibration, tolerance, verify, strict, lowering,
-        shown, tune, padding,
+        shown, tune, padding, limits,
     )  # fmt: skip
     if isinstance(model, torch.nn.Module | ExportedProgram):
         if input_shapes is not None:
@@ -120,8 +124,19 @@ def optimize(
             f"cannot optimize a {type(model).__name__}",
             hint="give a torch module or ExportedProgram, or an ONNX model as path, bytes, ModelProto or onnx_ir.Model",
         )
+    with limited(request.limits):
+        return _optimize_onnx(model, request, inputs, dynamic, input_shapes)
+
+
+def _optimize_onnx(
+    model: str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model,
+    request: Request,
+    inputs: Any,
+    dynamic: Any,
+    input_shapes: InputShapes | None,
+) -> OptimizedGraph:
     start = time.perf_counter()
-    captured = capture_onnx(model, strict=strict, input_shapes=input_shapes)
+    captured = capture_onnx(model, strict=request.strict, input_shapes=input_shapes)
     source = Path(model).name if isinstance(model, str | os.PathLike) else captured.graph.name or type(model).__name__
     weights = FileWeights(captured)
     cases = onnx_inputs(captured, inputs, dynamic)

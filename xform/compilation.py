@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner,
 from xform.errors import TargetError, UsageError, VerificationError
 from xform.forks import PerProcess
 from xform.graph.clone import SOURCE_OPSET
+from xform.limits import Limits, limits_of
 from xform.passes.attention import PackTokens
 from xform.passes.integer import Quantizer
 from xform.pipeline.calibration_data import Flatten, calibration_batches
@@ -56,6 +57,7 @@ class Request:
     only_this_backend: bool = False
     calibration: Any = None
     padding: str = "padded"
+    limits: Limits = field(default_factory=Limits)
 
     @staticmethod
     def of(
@@ -71,6 +73,7 @@ class Request:
         progress: Progress | None,
         tune: TuneMode = "off",
         padding: str = "padded",
+        limits: Mapping[str, float] | Limits | None = None,
     ) -> Request:
         """Check the arguments before any work is done.
 
@@ -107,8 +110,9 @@ class Request:
             )
         one = backend is not None
         return Request(
-            parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one, calibration, padding
-        )
+            parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one, calibration, padding,
+            limits_of(limits),
+        )  # fmt: skip
 
     @property
     def fidelity(self) -> Fidelity:

@@ -17,9 +17,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from xform.errors import ModelError, VerificationError
+from xform.errors import LimitError, ModelError, VerificationError
 from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
+from xform.pipeline.bounded_run import check_sizes, run_bounded, share_arena
 from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
@@ -68,6 +69,9 @@ class Session:
         self._adjust = adjust
         self._child: Child | None = None
         self._session: Any = None
+        self._in_arena = False
+        self._brought = 0  # bytes of large weights: what a run may take depends on it
+        self._model = model
         try:
             self._load(model, threads)
         except CouldNotRunError as error:
@@ -84,13 +88,14 @@ class Session:
         except Exception as error:
             raise CouldNotRunError(f"the graph could not be serialized: {_first_line(error)}") from error
         self._casts = _widen_interface_names(proto)
+        self._brought = sum(array.nbytes for array in lent.values())
         self._lent = lent  # the runtime reads this memory for as long as the session lives
         timeout = isolation_timeout()
         try:
             if timeout is not None:
                 self._child = Child(proto, lent, threads, timeout)
             else:
-                self._session = _in_process(data, lent, threads)
+                self._session, self._in_arena = _in_process(data, lent, threads, self._brought)
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime does not load the graph: {_first_line(error)}") from error
 
@@ -99,13 +104,22 @@ class Session:
 
         Raises:
             CouldNotRunError: The runtime failed on these inputs.
+            LimitError: The run takes more memory or time than the model is allowed.
         """
         feeds = {}
         for name, value in inputs.items():
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
+        arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+        brought = self._brought + sum(array.nbytes for array in arrays.values())
+        check_sizes(self._model, {name: array.shape for name, array in arrays.items()}, brought)
         try:
-            results = self._child.run(feeds) if self._child is not None else self._session.run(None, feeds)
+            if self._child is not None:
+                results = self._child.run(feeds)
+            else:
+                results = run_bounded(self._session, feeds, self._brought, self._in_arena)
+        except LimitError:
+            raise
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime failed: {_first_line(error)}") from error
         return dict(zip(self._output_names, results, strict=True))
@@ -124,7 +138,8 @@ class Session:
         self.close()
 
 
-def _in_process(data: bytes, lent: Mapping[str, Any], threads: int) -> Any:
+def _in_process(data: bytes, lent: Mapping[str, Any], threads: int, brought: int) -> tuple[Any, bool]:
+    """A session, and whether it allocates in the bounded arena."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
@@ -135,7 +150,8 @@ def _in_process(data: bytes, lent: Mapping[str, Any], threads: int) -> Any:
     if lent:
         values = [_ort_value(array) for array in lent.values()]
         options.add_external_initializers(list(lent), values)
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    in_arena = share_arena(options, brought)
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]), in_arena
 
 
 def _ort_value(array: Any) -> Any:
