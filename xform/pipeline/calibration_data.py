@@ -110,6 +110,7 @@ def _named(one: Any, flatten: Flatten | None, place: str) -> Batch:
             hint="give dicts of input name to array for an ONNX model; "
             "of pairs with labels: calibration=({'x': x} for x, _ in loader)",
         )
+    cause: Exception
     try:
         return dict(flatten(one))
     except XformError as error:
@@ -136,7 +137,7 @@ def _checked(model: ir.Model, batch: Batch, place: str) -> Batch:
             hint=f"the inputs are: {', '.join(map(shown, required))}{like}",
         )
     values = [value for value in model.graph.inputs if value.name in batch]
-    return {value.name or "": _array(value, batch[value.name], place) for value in values}
+    return {name: _array(value, batch[name], place) for value in values if (name := value.name or "") in batch}
 
 
 def _array(value: ir.Value, given: Any, place: str) -> Any:

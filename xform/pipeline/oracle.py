@@ -20,6 +20,7 @@ import onnxruntime as ort
 from xform.errors import LimitError, ModelError, VerificationError
 from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
+from xform.graph.downgrade_attention import written_out
 from xform.pipeline.bounded_run import check_sizes, run_bounded, share_arena
 from xform.pipeline.isolated import Child, isolation_timeout
 
@@ -66,6 +67,7 @@ class Session:
         adjust: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self._output_names = [value.name or "" for value in model.graph.outputs]
+        model = written_out(model)  # by the definition, from which the runtime's kernel departs
         self._adjust = adjust
         self._child: Child | None = None
         self._session: Any = None

@@ -121,15 +121,6 @@ def op_name(node: ir.Node) -> str:
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
-def _reads_codes(node: ir.Node) -> bool:
-    """Whether the weight of a product or convolution is decoded from 8 bits."""
-    if not is_op(node, *_PRODUCTS) or len(node.inputs) < 2 or node.inputs[1] is None:
-        return False
-    decode = node.inputs[1].producer()
-    codes = decode.inputs[0] if decode is not None and is_op(decode, "DequantizeLinear") else None
-    return codes is not None and codes.dtype in _CODES
-
-
 def _is_silu(node: ir.Node) -> bool:
     if not is_op(node, "Mul") or len(node.inputs) != 2:
         return False
@@ -147,7 +138,7 @@ def _gates_itself(node: ir.Node) -> bool:
 
 
 def _is_quantized_product(node: ir.Node) -> bool:
-    """Whether the weight of a float product or convolution is decoded from 8 bits, so that a runtime computes on them."""
+    """Whether the weight of a float product or convolution is decoded from 8 bits."""
     if not is_op(node, "MatMul", "Gemm", "Conv", "ConvTranspose") or len(node.inputs) < 2 or node.inputs[1] is None:
         return False
     decode = node.inputs[1].producer()
