@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import applied, floats, missed, ops, parse, rewritten, run
+from support import applied, floats, missed, ops, rewritten, run
 
 from xform.graph.values import scalar
 from xform.passes.canonicalize.raise_attention import RaiseAttention
-from xform.rewrite.passes import PassContext
 
 B, H, S, T, D = 2, 4, 3, 5, 8
 LOWEST = float(np.finfo(np.float32).min)
