@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.masks import DEEP, MAX_SCANNED
-from xform.graph.values import Array, constant, constant_tensor, is_op, scalar, shape_of
+from xform.graph.values import Array, constant, constant_tensor, is_op, same_dim, scalar, shape_of
 from xform.patterns.attention_fill import deep_number, may_close_rows
 from xform.patterns.attention_layout import Layout, dim, vector
 from xform.patterns.attention_logits import FLOATS, AddMask, Fill, Logits
@@ -177,7 +177,12 @@ def spread(build: Builder, mask: ir.Value, queries: ir.Value, keys: ir.Value) ->
     The operator's definition lets them broadcast; ONNX Runtime's kernel does not.
     """
     shape = shape_of(mask)
-    wanted = (dim(queries, 2), dim(keys, 2))
+    wanted = [dim(queries, 2), dim(keys, 2)]
+    for at, length in enumerate((queries, keys)):  # a length that the mask has itself waits for nothing
+        named = (shape_of(length) or (None,) * 4)[2]
+        known = [axis for axis, size in enumerate(shape or ()) if same_dim(size, named)]
+        if known and not isinstance(wanted[at], int):
+            wanted[at] = (mask, known[-1])
     full = [(shape_of(v) or (None,) * 4)[2] for v in (queries, keys)]
     if shape is not None and None not in full and list(shape[-2:]) == full:
         return mask
