@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from xform.graph.count import count_node
+from xform.graph.reshape import constant_target
 from xform.graph.values import Array, Dim, constant_tensor, is_op, shape_of, used_once
 from xform.passes.reparameterize.linear_map import narrowed, overflows
 from xform.patterns.block_linear import PRODUCTS, VIEWS, Trace, data_operand, is_batched
@@ -223,17 +224,8 @@ def _shapes(chain: _Chain, outputs: int) -> _Shapes | None:
     product: tuple[Dim, ...] = (*tokens, outputs)
     if product == wanted:
         return _Shapes(before, None)
-    after: list[int] = []
-    for axis, dim in enumerate(wanted):
-        if isinstance(dim, int):
-            after.append(dim)
-        elif axis < len(product) and product[axis] == dim:
-            after.append(0)
-        elif -1 in after:
-            return None
-        else:
-            after.append(-1)
-    return _Shapes(before, after)
+    after = constant_target(wanted, product)
+    return None if after is None else _Shapes(before, after)
 
 
 def _product(sizes: tuple[Dim, ...]) -> int:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.kernels import computing_type
+from xform.graph.reshape import constant_target
 from xform.graph.shapes import infer_node
-from xform.graph.values import ORIGIN, Array
+from xform.graph.values import ORIGIN, Array, Dim, shape_of
 
 Input = ir.Value | Array | float | int | bool | Sequence[int] | None
 
@@ -78,6 +79,28 @@ class Builder:
         self.nodes.append(node)
         return node.outputs
 
+    def reshape(self, x: ir.Value, *sizes: int | slice) -> ir.Value:
+        """A Reshape that also holds where a named dim of `x` is 0 (`xform.graph.reshape`).
+
+        Args:
+            sizes: One entry per new axis: a number, or the axes of `x` whose sizes are multiplied, as a slice.
+        """
+        shape = shape_of(x)
+        assert shape is not None
+        wanted = [size if isinstance(size, int) else _merged_dim(shape[size]) for size in sizes]
+        target = constant_target(wanted, shape)
+        if target is not None:
+            return self.op("Reshape", x, target)
+        parts = [[size] if isinstance(size, int) else self._merged_size(x, size, len(shape)) for size in sizes]
+        result = self.op("Reshape", x, self.op("Concat", *parts, axis=0), allowzero=1)
+        result.shape = ir.Shape(wanted)
+        return result
+
+    def _merged_size(self, x: ir.Value, axes: slice, rank: int) -> ir.Value:
+        start, end, _ = axes.indices(rank)
+        sizes = self.op("Shape", x, start=start, end=end)
+        return sizes if end - start == 1 else self.op("ReduceProd", sizes, keepdims=1)
+
     def constant(self, array: Array | ir.TensorProtocol, name: str = "constant") -> ir.Value:
         """A new initializer. `name` is a base; a suffix is added where it is taken."""
         tensor = ir.tensor(array) if isinstance(array, np.ndarray | np.generic) else array
@@ -109,6 +132,11 @@ class Builder:
                 raise TypeError("a bare number needs another input to take its dtype from")
             return self.constant(np.asarray(given, dtype=like.numpy()))
         return self.constant(np.asarray(given, dtype=np.int64))
+
+
+def _merged_dim(dims: Sequence[Dim]) -> Dim:
+    numbers = [dim for dim in dims if isinstance(dim, int)]
+    return math.prod(numbers) if len(numbers) == len(dims) else dims[0] if len(dims) == 1 else None
 
 
 def _survives(number: float, dtype: ir.DataType | None) -> bool:
