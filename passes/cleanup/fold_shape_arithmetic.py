@@ -8,7 +8,8 @@ Rules
 2. `same_value`: an operator whose elements are those of one of its operands is replaced by that operand
    (Where(target == -1, 1, target) around an Expand).
 3. `reshape_target`: a computed Reshape target that can be written with numbers and either 0 (the operand's dim in that
-   place) or one -1 becomes constant (`xform.graph.reshape` says why not with both, unless the model has the -1 itself).
+   place) or one -1 becomes constant (`xform.graph.reshape` says why not with both, unless the model has the -1 itself);
+   a Reshape to two dims that merges the axes before and behind one place becomes Flatten.
 4. `whole_slice`: a Slice by computed bounds that keeps every element.
 5. `filled`: ConstantOfShape of a constant shape, up to `fill_limit` elements.
 
@@ -24,6 +25,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph import dims
 from xform.graph.dims import Expr
 from xform.graph.reshape import constant_target
 from xform.graph.shape_data import Elements, ShapeData
@@ -117,14 +119,29 @@ class ReshapeTarget(_ShapeRule):
         target = self.data.elements(node.inputs[1])
         source = self.data.dims(node.inputs[0])
         found = _target(target, source, keep_zero=bool(attribute(node, "allowzero", 0)))
-        if found is None:
+        axis = None if found is not None else _flattened(target, source)
+        if found is None and axis is None:
             return QUIET
-        match.data["target"] = found
+        match.data.update(target=found, axis=axis)
         return None
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        if match.data["axis"] is not None:
+            return build.op("Flatten", match.node("node").inputs[0], axis=match.data["axis"])
         target = build.constant(np.array(match.data["target"], dtype=np.int64), "shape")
         return build.op("Reshape", match.node("node").inputs[0], target)
+
+
+def _flattened(target: Elements | None, source: Elements | None) -> int | None:
+    """The axis of the Flatten that a Reshape to two dims is, or None."""
+    if target is None or source is None or len(target) != 2 or any(size is None for size in (*target, *source)):
+        return None
+    for axis in range(len(source) + 1):
+        parts = (source[:axis], source[axis:])
+        sizes = [dims.product([size for size in part if size is not None]) for part in parts]
+        if sizes == target:
+            return axis
+    return None
 
 
 def _target(target: Elements | None, source: Elements | None, *, keep_zero: bool) -> list[int] | None:

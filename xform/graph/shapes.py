@@ -76,7 +76,13 @@ def _infer_cache(node: ir.Node, data: ShapeData) -> None:
     """present_key and present_value [B, H, past + S, D] of an Attention over four axes, which ONNX's inference omits."""
     for new, past, value in zip(node.inputs[1:3], (*node.inputs, *[None] * 6)[4:6], node.outputs[1:3], strict=False):
         before, found = data.dims(past), data.dims(new)
-        if new is None or new.dtype is None or found is None or len(found) != 4 or (past is not None and before is None):
+        if (
+            new is None
+            or new.dtype is None
+            or found is None
+            or len(found) != 4
+            or (past is not None and before is None)
+        ):
             continue
         if before is not None:
             known = None not in (found[2], before[2])

@@ -57,7 +57,9 @@ def lost_kernel(replaced: Iterable[ir.Node], added: Iterable[ir.Node], target: T
 def _derivable(value: ir.Value) -> bool:
     """Whether inference has all that it needs to tell the rank of `value`."""
     node = value.producer()
-    return node is not None and node.domain in ONNX_DOMAINS and all(v is None or v.shape is not None for v in node.inputs)
+    return (
+        node is not None and node.domain in ONNX_DOMAINS and all(v is None or v.shape is not None for v in node.inputs)
+    )
 
 
 def _contradict(a: Dim, b: Dim) -> bool:

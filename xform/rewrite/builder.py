@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from xform.graph.kernels import computing_type
 from xform.graph.reshape import constant_target
+from xform.graph.rounding import narrowed, rounding_loss
 from xform.graph.shapes import infer_node
 from xform.graph.values import ORIGIN, Array, Dim, shape_of
 
@@ -27,8 +28,9 @@ class Builder:
 
     Attributes:
         nodes, initializers: What was built, in order.
-        lossy: Attributes that float32, the type of every float attribute, cannot hold as precisely as the operands of
-            their node need it. The rewriter refuses such a replacement.
+        lossy: Numbers that were not kept: attributes that float32, the type of every float attribute, cannot hold as
+            precisely as the operands of their node need it, and folded constants that their dtype cannot hold. The
+            rewriter refuses such a replacement.
 
     Args:
         opsets: Opset imports of the graph; a new domain is added at version 1.
@@ -121,6 +123,16 @@ class Builder:
         self.nodes.clear()
         self.lossy.clear()
         self.initializers.clear()
+
+    def folded(self, array: Array, dtype: ir.DataType, name: str, *, summand: bool = False) -> ir.Value:
+        """A new initializer from numbers in float64, rounded once to `dtype`.
+
+        Where that destroys more than it rounds (`xform.graph.rounding`), the rewriter refuses the replacement.
+        """
+        loss = rounding_loss(array, dtype, summand=summand)
+        if loss is not None:
+            self.lossy.append(f"the folded constant {name} {loss}")
+        return self.constant(narrowed(array, dtype), name)
 
     def _input(self, given: Input, like: ir.DataType | None) -> ir.Value | None:
         if given is None or isinstance(given, ir.Value):
