@@ -110,18 +110,15 @@ def _named(one: Any, flatten: Flatten | None, place: str) -> Batch:
             hint="give dicts of input name to array for an ONNX model; "
             "of pairs with labels: calibration=({'x': x} for x, _ in loader)",
         )
-    cause: Exception
     try:
         return dict(flatten(one))
-    except XformError as error:
-        reason, cause = error.what, error
-    except (TypeError, ValueError, AttributeError) as error:
-        reason, cause = str(error), error
-    raise UsageError(
-        f"{place} does not fit the call of the model: {reason}",
-        hint="a sample is the arguments of one call; of a loader that gives labels too: "
-        "calibration=(x for x, _ in loader)",
-    ) from cause
+    except (XformError, TypeError, ValueError, AttributeError) as error:
+        reason = error.what if isinstance(error, XformError) else str(error)
+        raise UsageError(
+            f"{place} does not fit the call of the model: {reason}",
+            hint="a sample is the arguments of one call; of a loader that gives labels too: "
+            "calibration=(x for x, _ in loader)",
+        ) from error
 
 
 def _checked(model: ir.Model, batch: Batch, place: str) -> Batch:
@@ -136,8 +133,8 @@ def _checked(model: ir.Model, batch: Batch, place: str) -> Batch:
             where=place,
             hint=f"the inputs are: {', '.join(map(shown, required))}{like}",
         )
-    values = [value for value in model.graph.inputs if value.name in batch]
-    return {name: _array(value, batch[name], place) for value in values if (name := value.name or "") in batch}
+    given = {value.name or "": value for value in model.graph.inputs if value.name in batch}
+    return {name: _array(value, batch[name], place) for name, value in given.items()}
 
 
 def _array(value: ir.Value, given: Any, place: str) -> Any:
