@@ -152,7 +152,7 @@ def test_the_module_is_verified_against_itself_and_left_in_training_mode() -> No
 def test_a_graph_that_differs_from_its_module_is_not_handed_out(
     monkeypatch: pytest.MonkeyPatch, net: nn.Module
 ) -> None:
-    import xform.optimized as implementation
+    import xform.optimized.module as implementation
 
     original = implementation.capture_torch
 

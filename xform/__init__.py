@@ -21,7 +21,7 @@ from xform.target import Target
 from xform.version import __version__
 
 if TYPE_CHECKING:
-    from xform.api import optimize
+    from xform.api import load, optimize
     from xform.optimized import Optimized
 
 __all__ = [
@@ -39,16 +39,17 @@ __all__ = [
     "XformError",
     "XformWarning",
     "__version__",
+    "load",
     "optimize",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load what needs torch only when it is asked for, so that `xform --help` is quick."""
-    if name == "optimize":
-        from xform.api import optimize
+    if name in ("load", "optimize"):
+        from xform import api
 
-        return optimize
+        return getattr(api, name)
     if name == "Optimized":
         from xform.optimized import Optimized
 

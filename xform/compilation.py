@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from xform.backends import Artifact, Backend, LoadOptions, LowerOptions, Runner, get_backend
 from xform.errors import TargetError, UsageError, VerificationError
+from xform.forks import PerProcess
 from xform.graph.clone import SOURCE_OPSET
 from xform.passes.attention import PackTokens
 from xform.passes.integer import Quantizer
@@ -129,18 +130,16 @@ class Compiled:
     artifact: Artifact
     report: Report
     backend: Backend
-    _runner: Runner | None = field(default=None, repr=False)
+    _runner: PerProcess[Runner] = field(default_factory=PerProcess, repr=False)
 
     @property
     def runner(self) -> Runner:
-        """The loaded artifact; loaded when first needed.
+        """The loaded artifact; loaded when first needed, once for all threads, and again in a forked process.
 
         Raises:
             TargetError: The runtime refuses it.
         """
-        if self._runner is None:
-            self._runner = self.backend.load(self.artifact, LoadOptions())
-        return self._runner
+        return self._runner.get(lambda: self.backend.load(self.artifact, LoadOptions()))
 
     def note_choices(self) -> None:
         """Take what the backend has decided since the last time into the report, as remarks."""
@@ -148,9 +147,9 @@ class Compiled:
 
     def close(self) -> None:
         """Release the runtime's memory and threads; the next use loads it again."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        runner = self._runner.take()
+        if runner is not None:
+            runner.close()
 
 
 def compile_graph(

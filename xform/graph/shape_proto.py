@@ -14,7 +14,13 @@ DATA_LIMIT = 256
 
 
 def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
-    """The model without large data: initializers become inputs, small constant ones keep their data."""
+    """The model without large data: initializers become inputs, small constant ones keep their data.
+
+    Outputs are untyped, so that what the graph computes is inferred and not what the model declares.
+
+    Args:
+        seeds: Values that nothing can be derived about: they keep the types that the model writes down.
+    """
     proto = onnx.ModelProto()
     proto.ir_version = max(model.ir_version, 10)
     for domain, version in model.opset_imports.items():
@@ -24,12 +30,12 @@ def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
     graph = proto.graph
     graph.name = model.graph.name or "main"
     _add_inputs(graph, model.graph)
+    underivable = {value.name: value for value in seeds if value.name and value.type is not None}
     for value in model.graph.outputs:
-        graph.output.append(_value_info(value))
-    listed = {value.name for value in model.graph.outputs}
-    for value in seeds:
-        if value.name and value.name not in listed and value.type is not None:
-            graph.value_info.append(_value_info(value))
+        known = value.name in underivable or value.producer() is None
+        graph.output.append(_value_info(value) if known else onnx.ValueInfoProto(name=value.name or ""))
+        underivable.pop(value.name or "", None)
+    graph.value_info.extend(map(_value_info, underivable.values()))
     for node in model.graph:
         graph.node.append(_node(node))
     return proto

@@ -276,12 +276,17 @@ def _buffer(tensor: ir.TensorProtocol) -> memoryview | bytes:
 def sources(model: ir.Model) -> set[Path]:
     """Files that the model is read from: its own, and those of its external weights."""
     files = {Path(model.meta[SOURCE_PATH])} if SOURCE_PATH in model.meta else set()
-    files.update(map(Path, model.meta.get(SOURCE_DATA, ())))
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add(Path(value.const_value.path))
-    return files
+    return files | set(map(Path, model.meta.get(SOURCE_DATA, ()))) | weight_files(model)
+
+
+def weight_files(model: ir.Model) -> set[Path]:
+    """Files that initializers are read from when they are needed."""
+    return {
+        Path(value.const_value.path)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
 
 
 def _read_or_write_error(error: OSError, target: Path, weights: list[_Weight]) -> Exception:
@@ -291,4 +296,14 @@ def _read_or_write_error(error: OSError, target: Path, weights: list[_Weight]) -
     return output_error(error, target)
 
 
-__all__ = ["INLINE_LIMIT", "SOURCE_DATA", "SOURCE_PATH", "OutputError", "save", "skeleton", "sources", "to_bytes"]
+__all__ = [
+    "INLINE_LIMIT",
+    "SOURCE_DATA",
+    "SOURCE_PATH",
+    "OutputError",
+    "save",
+    "skeleton",
+    "sources",
+    "to_bytes",
+    "weight_files",
+]

@@ -179,6 +179,22 @@ class Report:
         """One JSON document, indented."""
         return json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
 
+    def __repr__(self) -> str:
+        from xform.report.brief import verdict
+
+        return f"<xform.Report {self.source}: {self.backend} on {self.target}, {verdict(self)}>"
+
+    def __str__(self) -> str:
+        """What a person wants to know first, in at most ten lines."""
+        from xform.report.brief import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from xform.report.brief import as_html
+
+        return as_html(self)
+
 
 def plain(value: Any) -> Any:
     """`value` with only what strict JSON knows: numbers that are none become text, tuples lists, other objects text."""

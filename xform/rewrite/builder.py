@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph.kernels import computing_type
 from xform.graph.shapes import infer_node
 from xform.graph.values import ORIGIN, Array
 
@@ -16,9 +18,16 @@ Input = ir.Value | Array | float | int | bool | Sequence[int] | None
 PASS = "xform.pass"
 RULE = "xform.rule"
 
+_LOSSLESS = 1e-11  # relative, among float64 operands
+
 
 class Builder:
     """Collects the nodes and initializers of one rewrite; the rewriter inserts them.
+
+    Attributes:
+        nodes, initializers: What was built, in order.
+        lossy: Attributes that float32, the type of every float attribute, cannot hold as precisely as the operands of
+            their node need it. The rewriter refuses such a replacement.
 
     Args:
         opsets: Opset imports of the graph; a new domain is added at version 1.
@@ -31,6 +40,7 @@ class Builder:
     ) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
+        self.lossy: list[str] = []
         self._opsets = opsets
         self._unique = unique
         self._metadata = {ORIGIN: origin, PASS: pass_name, RULE: rule}
@@ -58,6 +68,11 @@ class Builder:
         for output in node.outputs:
             output.name = self._unique(f"{node.name}_out")
         node.metadata_props.update(self._metadata)
+        self.lossy.extend(
+            f"{name} = {value!r} of {op_type} is not exact as an attribute, which is float32"
+            for name, value in attributes.items()
+            if isinstance(value, float) and not _survives(value, computing_type(node))
+        )
         self._opsets.setdefault(domain, 1)
         infer_node(node, self._opsets[domain])
         self.nodes.append(node)
@@ -75,6 +90,15 @@ class Builder:
         self.initializers.append(value)
         return value
 
+    def discard(self) -> None:
+        """Let go of what was built, so that its operands do not count it among their readers."""
+        for node in self.nodes:
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
+        self.nodes.clear()
+        self.lossy.clear()
+        self.initializers.clear()
+
     def _input(self, given: Input, like: ir.DataType | None) -> ir.Value | None:
         if given is None or isinstance(given, ir.Value):
             return given
@@ -85,3 +109,11 @@ class Builder:
                 raise TypeError("a bare number needs another input to take its dtype from")
             return self.constant(np.asarray(given, dtype=like.numpy()))
         return self.constant(np.asarray(given, dtype=np.int64))
+
+
+def _survives(number: float, dtype: ir.DataType | None) -> bool:
+    """Whether a float attribute is as good as `number` for a node that computes in `dtype`."""
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(number))
+    tolerance = _LOSSLESS if dtype is ir.DataType.DOUBLE else 2.0**-23
+    return kept == number or (math.isfinite(kept) and abs(kept - number) <= tolerance * abs(number))
