@@ -374,6 +374,7 @@ def _verification_report(verification: Verification, request: Request, verifier:
         tolerance=max(floats, default=None),
         cases=len(verifier.cases) if verifier is not None and verification.outputs else 0,
         inputs="given" if any(case.startswith("user") for case in verification.cases) else "random",
+        given=sum(case.startswith("user") for case in verification.cases),
         reason=verification.reason,
     )
 

@@ -170,7 +170,8 @@ def parse_limits(texts: Sequence[str] | None) -> dict[str, float] | None:
             raise UsageError(f"--limit {shown(text)!r} is not a limit", hint="write NAME=VALUE, such as memory=16GiB")
         if name in limits:
             raise UsageError(f"--limit {name} was given twice")
-        limits[name] = parse_size(value) if UNITS.get(name) == "bytes" else _number(value, f"--limit {shown(text)!r}")
+        what = f"--limit {shown(text)!r}"
+        limits[name] = parse_size(value, f"{what}: ") if UNITS.get(name) == "bytes" else _number(value, what)
     limits_of(limits)
     return limits or None
 
@@ -251,12 +252,12 @@ def parse_sizes(texts: Sequence[str] | None) -> dict[str, int] | None:
     return sizes or None
 
 
-def parse_size(text: str) -> int:
-    """`"50MB"`, `"1.5GiB"`, `"1024"` to bytes. Raises UsageError."""
+def parse_size(text: str, what: str = "") -> int:
+    """`"50MB"`, `"1.5GiB"`, `"1024"` to bytes. Raises UsageError, its text begun with `what`."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(
-            f"{shown(text)!r} is not a size", hint="write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
+            f"{what}{shown(text)!r} is not a size", hint="write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
         )
     return int(float(match[1]) * _UNITS[match[2].lower()])
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from xform.cli.common import (
     OUT,
@@ -175,5 +174,5 @@ def _counts_table(head: tuple[str, str], rows: Sequence[tuple[str, str, int | No
     for name in ("FLOPs", "bytes moved", "parameters"):
         table.add_column(name, justify="right")
     for first, second, *numbers in rows:
-        table.add_row(Text(first), second, *("?" if n is None else f"{n:,}" for n in numbers))
+        table.add_row(first, second, *("?" if n is None else f"{n:,}" for n in numbers))
     return table

@@ -207,7 +207,7 @@ def optimize(
     budgets = Budgets(max_latency_ratio, None if max_size is None else parse_size(max_size), max_error)
     measured = measure or max_latency_ratio is not None
     if model == STANDARD and measured:
-        raise UsageError("latency is measured on a file, and the model comes from stdin", hint="give its file")
+        raise UsageError("--measure and --max-latency-ratio take a file, not -", hint="give the model's file")
     check_outputs(session, model, output, report, backend, target, inputs, calibration)
     given: dict[str, Any] = {
         "limits": parse_limits(limit),

@@ -180,7 +180,10 @@ def _conform(array: Any, value: ir.Value) -> Any:
         )
         if wrong:
             raise UsageError(f"input {value.name!r} has shape {shape}, but an array of shape {array.shape} was given")
-    if value.dtype == ir.DataType.STRING or array.dtype.kind in "OSU" or not _has_numpy_type(value.dtype):
+    if (value.dtype == ir.DataType.STRING) != (array.dtype.kind in "OSU"):
+        declared = "text" if value.dtype == ir.DataType.STRING else value.dtype.name.lower()
+        raise UsageError(f"input {value.name!r} is {declared}, but an array of {array.dtype} was given")
+    if value.dtype == ir.DataType.STRING or not _has_numpy_type(value.dtype):
         return array
     wanted = value.dtype.numpy()
     if array.dtype == wanted:

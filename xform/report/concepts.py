@@ -106,7 +106,11 @@ def with_concepts(remarks: Iterable[Remark], captured: ir.Model) -> list[Remark]
     for node in captured.graph.all_nodes():
         known[display_name(node)].update(concepts_of(node))
     return [
-        replace(remark, touches=tuple(sorted({c for name in remark.nodes for c in known.get(name, ())})))
+        replace(
+            remark,
+            concept=ALIASES.get(remark.concept, remark.concept),
+            touches=tuple(sorted({c for name in remark.nodes for c in known.get(name, ())})),
+        )
         for remark in remarks
     ]
 

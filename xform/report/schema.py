@@ -84,7 +84,8 @@ class VerificationReport:
         max_rel_error: The same, relative to the largest magnitude of each output.
         tolerance: The relative tolerance that was asked for.
         cases: Number of input sets (seeds and sizes of dynamic dims).
-        inputs: "random" or "given".
+        given: How many of these the user gave; the others are random.
+        inputs: "given" where the user gave some, else "random".
         reason: Why nothing was compared, or what failed.
     """
 
@@ -96,6 +97,7 @@ class VerificationReport:
     cases: int = 0
     inputs: str = "random"
     reason: str = ""
+    given: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from xform.text import paragraph, shown
 
 NODES_SHOWN = 2
 PLACES_SHOWN = 2
-_CELL = 200_000  # characters of one cell: all nodes of a finding, each of them shortened
+_NAME = 200  # characters of a cell that is one name
+_CELL = 200_000  # of a cell of several lines: all nodes of a finding, each of them shortened
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,12 @@ def verification_text(report: Report) -> str:
     """The outcome of verification in words."""
     outcome = report.verification
     if outcome.passed is None:
-        return f"no ({outcome.reason})" if outcome.reason else f"no (verify={outcome.mode})"
+        return f"no ({outcome.reason})" if outcome.reason else "no (verification was off)"
     error = "" if outcome.max_rel_error is None else f", largest relative error {outcome.max_rel_error:.1e}"
     absolute = "" if outcome.max_abs_error is None else f", absolute {outcome.max_abs_error:.1e}"
-    on = f" on {outcome.cases} {outcome.inputs} input{'s' if outcome.cases != 1 else ''}"
+    counts = ((outcome.given, "given"), (outcome.cases - outcome.given, "random"))
+    sets = " and ".join(f"{count} {kind} input set{'s' if count != 1 else ''}" for count, kind in counts if count > 0)
+    on = f" on {sets}" if sets else ""
     return f"{'yes' if outcome.passed else 'FAILED: ' + outcome.reason}{on}{error}{absolute}"
 
 
@@ -183,7 +186,7 @@ class _Table(Table):
 
 def _safe(cell: RenderableType | None) -> RenderableType | None:
     if isinstance(cell, str):
-        return Text(paragraph(cell, _CELL))
+        return Text(shown(cell, _NAME))
     if isinstance(cell, Text) and not cell.spans:
         return Text(paragraph(cell.plain, _CELL), style=cell.style)
     return cell
