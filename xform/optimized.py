@@ -20,7 +20,6 @@ from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.capture.torch_program import evaluating
 from xform.compilation import Compiled, Request, compile_graph
 from xform.errors import UsageError
-from xform.pipeline.random_inputs import is_dynamic, random_inputs
 from xform.report.files import write_report
 from xform.report.schema import Report
 from xform.rewrite.remarks import Remark
@@ -206,7 +205,7 @@ class OptimizedModule(Optimized):
             captured.model,
             self._request,
             source=type(self.original).__name__,
-            inputs=_verification_inputs(captured, example),
+            inputs=example,
             oracle=_oracle(self.original, captured, example),
             capture_seconds=seconds,
             flatten=lambda sample: captured.flatten(*call_arguments(sample)),
@@ -231,14 +230,6 @@ def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (inputs,), {}
 
 
-def _verification_inputs(captured: CapturedModule, example: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """The call's own inputs, and where dims are dynamic a random set of other sizes."""
-    sets: list[dict[str, Any]] = [dict(example)]
-    if is_dynamic(captured.model):
-        sets.append(random_inputs(captured.model, seed=1))
-    return sets
-
-
 def _oracle(
     module: torch.nn.Module | ExportedProgram, captured: CapturedModule, example: Mapping[str, torch.Tensor]
 ) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
@@ -248,9 +239,13 @@ def _oracle(
     def run(inputs: Mapping[str, Any]) -> Sequence[Any]:
         tensors = {name: torch.as_tensor(value).to(example[name]).clone() for name, value in inputs.items()}
         args, kwargs = captured.call_form(tensors)
+        refused = captured.refuses(args, kwargs)
+        if refused is not None:
+            raise UsageError(f"this call would need another graph: {refused}")
         with evaluating(callee):
             return captured.leaves(callee(*args, **kwargs))
 
+    run.name = "the module, run by PyTorch"  # type: ignore[attr-defined]
     return run
 
 

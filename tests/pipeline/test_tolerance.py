@@ -90,7 +90,9 @@ def test_a_small_part_beside_a_large_one_is_judged_by_its_own_scale():
     large, small = 3e4 * rng.normal(size=(4, 8)), rng.uniform(0.1, 1, size=(4, 8))
     for axis in (0, 1):
         reference = np.concatenate([large, small], axis=axis).astype(np.float32)
-        assert not difference(np.concatenate([large, small * 1.3], axis=axis).astype(np.float32), reference, FLOAT32).agrees
+        assert not difference(
+            np.concatenate([large, small * 1.3], axis=axis).astype(np.float32), reference, FLOAT32
+        ).agrees
         assert difference(reference.copy(), reference, FLOAT32).agrees
     woven = np.stack([large, small], axis=-1).astype(np.float32)
     assert not difference(np.stack([large, small * 1.3], axis=-1).astype(np.float32), woven, FLOAT32).agrees

@@ -130,5 +130,3 @@ class Judge:
 def agree(errors: list[OutputError]) -> bool:
     """Whether every output is within tolerance."""
     return all(error.agrees for error in errors)
-
-

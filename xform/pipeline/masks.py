@@ -49,16 +49,16 @@ def _keys(rng: np.random.Generator, length: int, style: MaskStyle) -> Array:
         case "full":
             return np.ones(length, bool)
         case "right-padded":
-            return place < kept
+            return np.asarray(place < kept)
         case "left-padded":
-            return place >= length - kept
+            return np.asarray(place >= length - kept)
         case "holes":
             found = rng.random(length) < 0.6
             if length:
                 found[rng.integers(length)] = True
             return found
         case "one token":
-            return place == 0
+            return np.asarray(place == 0)
         case "last token":
-            return place == length - 1
+            return np.asarray(place == length - 1)
     return np.zeros(length, bool)

@@ -33,8 +33,8 @@ def scales(magnitude: Array, scope: Scope) -> Array:
     if scope == "output" or magnitude.ndim == 0:
         return np.asarray(cap)
     if scope == "slice":
-        return np.minimum(magnitude.max(axis=-1, keepdims=True, initial=0.0), cap)
-    return np.minimum(largest_nearby(magnitude), cap)
+        return np.asarray(np.minimum(magnitude.max(axis=-1, keepdims=True, initial=0.0), cap))
+    return np.asarray(np.minimum(largest_nearby(magnitude), cap))
 
 
 def largest_nearby(magnitude: Array) -> Array:

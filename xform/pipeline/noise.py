@@ -1,9 +1,9 @@
 """How much rounding alone moves a model's outputs: the noise that no rewrite can be blamed for.
 
-Near a cancellation the last bit of an intermediate value can move an output by more than any tolerance, and some outputs
-are discontinuous (ArgMax, TopK, a threshold). To tell that from a wrong rewrite, the captured model is run again with
-every input and weight nudged by a few units of roundoff, seeded. A value that is off by more than its tolerance is
-excused if nudging moves that very value, or one within two values of it, by at least an eighth as much. An output that
+Near a cancellation the last bit of an intermediate value can move an output by more than any tolerance, and some
+outputs are discontinuous (ArgMax, TopK, a threshold). To tell that from a wrong rewrite, the captured model is run
+again with every input and weight nudged by a few units of roundoff, seeded. A value beyond its tolerance is excused if
+nudging moves that very value, or one within two values of it, by at least an eighth as much. An output that
 nudging moves beyond the tolerance of the whole output is discontinuous; then sizes and numbers of such elements count.
 """
 
@@ -64,7 +64,7 @@ def movement(still: Any, nudged: Any) -> Array | None:
 
 
 def is_within(found: Difference, noise: Difference) -> bool:
-    """Whether a disagreement is explained by a discontinuity: the noise breaks the tolerance too, in size and number."""
+    """Whether a disagreement is explained by a discontinuity: the noise breaks the tolerance too, in size and count."""
     if noise.agrees:
         return False
     return found.max_rel <= NOISE_FACTOR * noise.max_rel and found.outside <= NOISE_FACTOR * noise.outside

@@ -102,7 +102,7 @@ def candidate_cases(
     given = check_named(model, overrides or {})
     dims = input_dims(inputs)
     fixed = {**sizes_from(given, dims), **_check_sizes(sizes or {}, dims)}
-    roles = {value.name: role_of(value) for value in inputs}
+    roles = {value.name or "": role_of(value) for value in inputs}
     if all(value.name in given for value in inputs):
         yield InputCase(given, sizes_from(given, dims), "given")
         return
@@ -130,7 +130,7 @@ def draw(
     inputs: Sequence[ir.Value],
     dims: Sequence[InputDims],
     sizes: Sizes,
-    roles: Mapping[str | None, Role],
+    roles: Mapping[str, Role],
     seed: Sequence[int],
     given: Mapping[str, Any],
     style: Style = "typical",

@@ -1,9 +1,9 @@
 """What a candidate is compared with, and what can run a graph at all.
 
 The reference is, in this order: a callable (the torch module); the file as it came, run by ONNX Runtime without its
-optimizations, so that capture is verified too; the captured model, where the file itself does not run. ONNX Runtime has
-no kernel for some operators in some dtypes (Erf in float64, most of bfloat16). Graphs that fail for that reason, and for
-no other, are run by PyTorch, and where that knows an operator neither, by ONNX's reference evaluator.
+optimizations, so that capture is verified too; the captured model, where the file itself does not run. ONNX Runtime
+has no kernel for some operators in some dtypes (Erf in float64, most of bfloat16). Graphs that fail for that reason,
+and for no other, are run by PyTorch, and where that knows an operator neither, by ONNX's reference evaluator.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Reference:
 
     def __init__(self, model: ir.Model, oracle: Oracle | None) -> None:
         self.is_captured = False
+        self._oracle: Oracle
         self._raises_its_own = True
         self._close: Callable[[], None] = lambda: None
         self._outputs = [value.name or "" for value in model.graph.outputs]

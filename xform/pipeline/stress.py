@@ -144,7 +144,7 @@ class Stress:
         arrays = dict(self._base.arrays)
         unknown = [entry for entry in self._dims if entry.dims is None]
         if not self._kept and not unknown:
-            return draw(self._inputs, self._dims, sizes, dict(self._roles), [self._seed, 7], {})
+            return draw(self._inputs, self._dims, sizes, {**self._roles}, [self._seed, 7], {})
         for entry in self._dims:
             array = arrays.get(entry.name)
             if not isinstance(array, np.ndarray) or entry.dims is None:

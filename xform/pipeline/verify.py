@@ -31,7 +31,7 @@ from xform.pipeline.tolerance import UserTolerance, is_float
 from xform.pipeline.verdict import Coverage, OutputError, State, Verification
 from xform.rewrite.passes import Fidelity
 
-UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | InputCase]
 
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
@@ -47,7 +47,8 @@ class Verifier:
     Args:
         model: The captured model. It is never changed; it is the reference unless `oracle` is given.
         oracle: A callable from named inputs to outputs (in graph order, or by name) that is the reference instead.
-        inputs: The user's inputs, one set or several; sets that lack some inputs are completed with random ones.
+        inputs: The user's inputs, one set or several; sets that lack some inputs are completed with random ones. Where
+            some are an InputCase, the dynamic dims have no other sizes than there.
         sizes: Numbers for dynamic dims by name.
         tolerance: The user's tolerance, see `xform.pipeline.tolerance.resolve_tolerance`.
         seed: Of the random inputs.
@@ -116,6 +117,14 @@ class Verifier:
         verdict = self.judge(results, fidelity)
         return self._in_forced_branches(candidate, fidelity, verdict) if verdict.ok else verdict
 
+    def under(self, tolerance: UserTolerance | None) -> Verifier:
+        """The same reference numbers under another tolerance."""
+        self.prepare()
+        other = replace(self, tolerance=tolerance)
+        other._judge = Judge(self.model, tolerance, self.seed)
+        other._to_force = self._to_force
+        return other
+
     def cases_for(self, fidelity: Fidelity) -> list[InputCase]:
         """The input sets on which rewrites of this fidelity are compared: approximations are spared extreme values."""
         return [case for case in self.cases if _serves(case, fidelity)]
@@ -161,7 +170,7 @@ class Verifier:
         return Verification(state, reason, tuple(errors), tuple(told), self.coverage)
 
     def _collect(self, reference: Reference) -> None:
-        """Run the reference on proposed inputs until enough have worked, then on what is made from the first of them."""
+        """Run the reference on proposed inputs until enough have worked, then on what is made from the first ones."""
         wanted, refused = 0, ""
         kept: dict[str, Any] = {}
         for proposed, number, given in self._proposals():
@@ -201,6 +210,9 @@ class Verifier:
         """Streams of candidates, how many sets are wanted of each, and what in them the user gave."""
         if self.inputs is not None and not isinstance(self.inputs, Mapping):
             for one in self.inputs:
+                if isinstance(one, InputCase):
+                    yield iter([one]), 1, {}
+                    continue
                 yield candidate_cases(self.model, self.seed, self.sizes, one), 1, check_named(self.model, one)
             return
         given = check_named(self.model, self.inputs or {})
@@ -213,7 +225,8 @@ class Verifier:
         base = self.cases[0]
         if not base.arrays:
             return
-        stress = Stress(self.model, base, kept, batch_is_free=not self.sizes, seed=self.seed)
+        bounded = not isinstance(self.inputs, Mapping) and any(isinstance(one, InputCase) for one in self.inputs or ())
+        stress = Stress(self.model, base, kept, batch_is_free=not self.sizes and not bounded, seed=self.seed)
         refused = [str(case) for case in stress.cases() if self._try(reference, case)]
         if base.source == "given" and not self.sizes:
             for case in stress.resized():
