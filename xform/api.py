@@ -25,6 +25,8 @@ from xform.optimized.compiling import compile_and_tell
 from xform.optimized.weights import FileWeights
 from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
+from xform.pipeline.random_inputs import InputCase, random_inputs
+from xform.pipeline.reference import OriginalModel
 from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.tune import TuneMode
 from xform.rewrite.passes import Pass
@@ -142,7 +144,15 @@ def _optimize_onnx(
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start
     try:
-        compiled = compile_and_tell(captured, request, [], source=source, inputs=cases, capture_seconds=seconds)
+        compiled = compile_and_tell(
+            captured,
+            request,
+            [],
+            source=source,
+            inputs=cases,
+            oracle=OriginalModel(model),
+            capture_seconds=seconds,
+        )
     except XformError:
         raise
     except Exception as error:
@@ -172,11 +182,9 @@ def onnx_inputs(model: ir.Model, inputs: Any, dynamic: Any) -> Any:
     Raises:
         UsageError: A form or a dim that does not exist.
     """
-    from xform.pipeline.random_inputs import random_inputs
-
     if isinstance(dynamic, Mapping) and inputs is None:
         lows, highs = ({name: _bound(name, r, end) for name, r in dynamic.items()} for end in (0, 1))
-        return [random_inputs(model, sizes=sizes) for sizes in (lows, highs)]
+        return [InputCase(random_inputs(model, sizes=sizes), sizes) for sizes in (lows, highs)]
     if dynamic is not None and dynamic != "auto" and not isinstance(dynamic, Mapping):
         raise UsageError(f"dynamic={dynamic!r} is not known", hint='use None, "auto", or {"batch": (1, 8)}')
     if inputs is None or isinstance(inputs, Mapping):
