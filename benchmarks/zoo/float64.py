@@ -1,4 +1,4 @@
-"""Run a float64 graph, which ONNX Runtime cannot: it has no double convolution. Parts in float32 are run in float64 too.
+"""Run a float64 graph, which ONNX Runtime cannot: it has no double convolution. Parts in float32 run in float64 too.
 
 ONNX's reference evaluator, with PyTorch for the operators that it computes slowly (convolutions and pooling are Python
 loops there) or rounds to float32 (normalizations, whose `stash_type` says float32).
