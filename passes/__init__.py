@@ -22,6 +22,7 @@ from xform.passes.cleanup import (
     InferShapes,
     PropagateConstants,
     RemoveDeadCode,
+    Settle,
     SimplifyLayout,
 )
 from xform.passes.fuse import (
@@ -92,5 +93,6 @@ PASSES: dict[str, type[Pass]] = {
         DeduplicateInitializers,
         RemoveDeadCode,
         InferShapes,
+        Settle,
     )
 }
