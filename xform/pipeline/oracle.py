@@ -20,7 +20,7 @@ import onnxruntime as ort
 from xform.errors import LimitError, ModelError, VerificationError
 from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
-from xform.pipeline.bounded_run import check_sizes, run_bounded, share_arena
+from xform.pipeline.bounded_run import check_sizes, fed_bytes, run_bounded, share_arena
 from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
@@ -111,7 +111,7 @@ class Session:
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
         arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-        brought = self._brought + sum(array.nbytes for array in arrays.values())
+        brought = self._brought + fed_bytes(arrays)
         check_sizes(self._model, {name: array.shape for name, array in arrays.items()}, brought)
         try:
             if self._child is not None:
