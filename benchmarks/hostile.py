@@ -32,9 +32,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hostile_arguments  # noqa: E402
-import hostile_files  # noqa: E402
-from hostile_case import Case  # noqa: E402
+import hostile_arguments
+import hostile_files
+from hostile_case import Case
 
 MEMORY_BYTES = 2 * 10**9
 SECONDS = 20.0

@@ -405,7 +405,7 @@ def _tuned(folder: Path) -> list[str]:
 
 def _entries(folder: Path) -> list[Path]:
     """What the first run has left in its cache."""
-    found = [path for path in (folder / "cache").rglob("*.json")]
+    found = list((folder / "cache").rglob("*.json"))
     if not found:
         raise RuntimeError("the run left nothing in its cache, so there is nothing to poison")
     return found

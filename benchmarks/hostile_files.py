@@ -382,9 +382,9 @@ def functions() -> Iterator[Case]:
             domain, name, ["a"], ["o"], [node(body, ["a"], ["o"], **attributes)], [helper.make_opsetid("", own)]
         )
         domains = (domain,) if domain else ()
-        proto = model([node(name, ["x"], ["y"], "call", domain=domain)], {"x": [2, 3, 4]}, {"y": [2, 3, 4]},
-                      opset=opset, functions=[function], domains=domains)  # fmt: skip
-        return proto
+        call = [node(name, ["x"], ["y"], "call", domain=domain)]
+        shape: dict[str, Any] = {"opset": opset, "functions": [function], "domains": domains}
+        return model(call, {"x": [2, 3, 4]}, {"y": [2, 3, 4]}, **shape)
 
     protos = {
         "named-relu": called("", "Relu", "Neg"),
@@ -440,17 +440,11 @@ def _bombs() -> Iterator[tuple[str, onnx.ModelProto, frozenset[int]]]:
     final = [node("Identity", ["c12"], ["big"]), *tail]
     yield "tile", model([*tiled, *final], x, {"y": ["n"]}, {"c0": one_float, "r": np.array([10])}), REFUSED
     for size in (1 << 30, 1 << 36, 1 << 62):
+        filled = [node("ConstantOfShape", ["k"], ["big"]), *tail]
+        expanded = [node("Expand", ["o", "k"], ["big"]), *tail]
         sizes = {"k": np.array([size])}
-        yield (
-            f"constantofshape-{size}",
-            model([node("ConstantOfShape", ["k"], ["big"]), *tail], x, {"y": ["n"]}, sizes),
-            REFUSED,
-        )
-        yield (
-            f"expand-{size}",
-            model([node("Expand", ["o", "k"], ["big"]), *tail], x, {"y": ["n"]}, {**sizes, "o": one_float}),
-            REFUSED,
-        )
+        yield f"constantofshape-{size}", model(filled, x, {"y": ["n"]}, sizes), REFUSED
+        yield f"expand-{size}", model(expanded, x, {"y": ["n"]}, {**sizes, "o": one_float}), REFUSED
     limits = {"a": np.int64(0), "b": np.int64(1 << 40), "d": np.int64(1)}
     yield "range", model([node("Range", ["a", "b", "d"], ["huge"]), *cast], x, {"y": ["n"]}, limits), REFUSED
     pads = {"p": np.array([0, 1 << 40]), "o": one_float}

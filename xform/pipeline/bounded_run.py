@@ -24,7 +24,7 @@ from xform.graph import dims
 from xform.graph.values import display_name, shape_of
 
 ARENA_BYTES = int(limits.Limits().memory) + (64 << 20)
-FED_BYTES = 16 << 20
+FED_BYTES = 16 << 20  # of the inputs of one run, that count as brought
 _ARENA_FULL = "is smaller than requested bytes"  # how the arena says so
 _POLL_S = 0.02
 _STATUS = Path("/proc/self/statm")
@@ -79,8 +79,7 @@ def run_bounded(session: Any, feeds: Mapping[str, Any], brought: int, in_arena: 
         try:
             return _watched(session, feeds, options, brought, watch_memory=False)
         except Exception as error:
-            if FED_BYTES = 16 << 20
-_ARENA_FULL in str(error):
+            if _ARENA_FULL in str(error):
                 raise limits.exceeded("memory", "a run of the model needs more memory", brought=brought) from error
             raise
 
