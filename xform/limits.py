@@ -86,7 +86,7 @@ def exceeded(name: str, what: str, where: str | tuple[str, ...] = (), brought: f
         name,
         f"{what}, limit {name!r} allows this model {_amount(name, allowed(name, brought))}",
         where=where,
-        hint=f"if the model is meant to be so, raise the limit: --limit {name}=N, or limits={{{name!r}: N}}",
+        hint=f"if the model is meant to be so, raise the limit: limits={{{name!r}: N}}",
     )
 
 

@@ -154,3 +154,15 @@ def _check_range(location: str, offset: int, length: int | None, needed: int, fo
             where=f"{place}, location '{location}'",
             hint="the file is truncated; download or export it again",
         )
+
+
+def data_files(tensors: Iterable[onnx.TensorProto], folder: Path) -> list[Path]:
+    """The data files that tensors point to, each once; nothing is checked or opened."""
+    locations = {
+        entry.value
+        for tensor in tensors
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location" and entry.value and "\0" not in entry.value
+    }
+    return [folder / location for location in sorted(locations)]

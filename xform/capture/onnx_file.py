@@ -20,17 +20,18 @@ from xform.capture.check_computed import check_computed
 from xform.capture.check_proto import check_proto
 from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
-from xform.capture.external import check_external, check_external_ir
+from xform.capture.external import check_external, check_external_ir, data_files
+from xform.capture.input_shapes import InputShapes, fix_input_shapes
 from xform.capture.loadable import refuse_unloadable
 from xform.capture.read_proto import parse_bytes, parse_file
 from xform.capture.sparse import densify
 from xform.capture.walk import tensors
-from xform.errors import ModelError
+from xform.errors import ModelError, UsageError
 from xform.graph.clone import SOURCE_OPSET, clone
 from xform.graph.opset import IR_OPSET, upgrade
 from xform.graph.shapes import infer_shapes
 from xform.graph.values import Dim, shape_of
-from xform.graph.write import SOURCE_PATH, skeleton
+from xform.graph.write import SOURCE_DATA, SOURCE_PATH, skeleton
 from xform.text import shown
 
 NOTES = "xform.notes"  # key in model.meta: sentences that the user should see about the model
@@ -40,12 +41,13 @@ MAX_CHECKED_BYTES = 1 << 30  # weights are searched for NaN up to this many byte
 _CHUNK = 1 << 22
 
 
-def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
+def capture_onnx(source: Source, *, strict: bool = False, input_shapes: InputShapes | None = None) -> ir.Model:
     """Read an ONNX model into the IR: one opset, no functions, no Constant nodes, shapes inferred.
 
     Args:
         source: A path, serialized bytes, a ModelProto, or an onnx_ir model. It is left as it is.
         strict: Refuse what would otherwise only be noted in `meta["xform.notes"]`: NaN weights, an unsorted graph.
+        input_shapes: Sizes for dynamic dims of inputs, see `xform.capture.input_shapes`.
 
     Returns:
         A model whose `meta` carries the opset of the source and notes for the user. Names of inputs, outputs,
@@ -53,15 +55,38 @@ def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
 
     Raises:
         ModelError: The source is no well-formed ONNX model, or no runtime could run it; says where and why.
+        UsageError: `input_shapes` does not fit the model.
     """
     try:
-        model = _capture(source, strict)
-    except (ModelError, MemoryError):
+        model = _capture(source, strict, input_shapes or {})
+    except (ModelError, UsageError, MemoryError):
         raise
     except Exception as error:  # parsers and converters raise anything on a damaged model; the cause stays chained
         where = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
         raise ModelError(f"the model could not be read: {root_cause(error)}", where=where) from error
     return model
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model's file and the data files that it points to; only the file where that is not ONNX, as capture tells."""
+    try:
+        return [path, *data_files((tensor for tensor, _ in tensors(parse_file(path))), path.parent)]
+    except ModelError:
+        return [path]
+
+
+def read_onnx(path: Path) -> ir.Model:
+    """A file as it is: checked, its weights left where they are, nothing upgraded, inlined or inferred.
+
+    Raises:
+        ModelError: The file is no well-formed ONNX model.
+    """
+    try:
+        return _read(path)[0]
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # as above
+        raise ModelError(f"the model could not be read: {root_cause(error)}", where=str(path)) from error
 
 
 def notes(model: ir.Model) -> list[str]:
@@ -78,7 +103,7 @@ def root_cause(error: BaseException) -> str:
     return f"{text} ({type(error).__name__})" if text else type(error).__name__
 
 
-def _capture(source: Source, strict: bool) -> ir.Model:
+def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Model:
     model, unsorted = _read(source)
     versions = [model.opset_imports.get(""), *(f.opset_imports.get("") for f in model.functions.values())]
     model.meta[SOURCE_OPSET] = max((version for version in versions if version), default=IR_OPSET)
@@ -92,6 +117,7 @@ def _capture(source: Source, strict: bool) -> ir.Model:
     lift_constants(model)
     _unshadow(model.graph, set())
     _note_non_finite(model, strict)
+    fix_input_shapes(model, input_shapes)
     declared = [(value, value.dtype, shape_of(value)) for value in model.graph.outputs]
     infer_shapes(model)
     for value, dtype, shape in declared:
@@ -145,7 +171,10 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
     if folder is not None and path is not None:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, folder)
-        model.meta[SOURCE_PATH] = str(path)
+        model.meta[SOURCE_PATH] = os.path.abspath(path)
+        model.meta[SOURCE_DATA] = [
+            os.path.abspath(file) for file in data_files((tensor for tensor, _ in tensors(proto)), folder)
+        ]
     if isinstance(source, onnx.ModelProto):
         _own_tensors(model)
     if proto.training_info:

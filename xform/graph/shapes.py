@@ -68,6 +68,27 @@ def infer_node(node: ir.Node, opset: int) -> None:
     data = ShapeData()
     if (found_dims := data.output_dims(node)) is not None:
         _improve(node.outputs[0], found_dims, data)
+    if node.op_type == "Attention":
+        _infer_cache(node, data)
+
+
+def _infer_cache(node: ir.Node, data: ShapeData) -> None:
+    """present_key and present_value [B, H, past + S, D] of an Attention over four axes; ONNX's inference omits them."""
+    for new, past, value in zip(node.inputs[1:3], (*node.inputs, *[None] * 6)[4:6], node.outputs[1:3], strict=False):
+        before, found = data.dims(past), data.dims(new)
+        if (
+            new is None
+            or new.dtype is None
+            or found is None
+            or len(found) != 4
+            or (past is not None and before is None)
+        ):
+            continue
+        if before is not None:
+            known = None not in (found[2], before[2])
+            found[2] = dims.add(before[2] or 0, found[2] or 0) if known else None
+        value.dtype = new.dtype
+        _improve(value, found, data)
 
 
 @lru_cache(maxsize=1024)
