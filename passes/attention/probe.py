@@ -31,9 +31,11 @@ class Probe:
 
     def __init__(self, padding: Padding) -> None:
         self._padding = padding
-        chosen = zip(padding.dims, (_BATCH, _TOKENS), strict=True)
-        self._sizes: dict[Dim, int] = {d: size for d, size in chosen if isinstance(d, str)}
-        batch, length = (d if isinstance(d, int) else self._sizes.get(d, 1) for d in padding.dims)
+        self._sizes: dict[Dim, int] = {}
+        sizes: list[int] = []
+        for named, chosen in zip(padding.dims, (_BATCH, _TOKENS), strict=True):
+            sizes.append(named if isinstance(named, int) else self._sizes.setdefault(named, chosen))
+        batch, length = sizes
         rng = np.random.default_rng(0)
         tokens = rng.random((batch, length)) < 0.5
         kinds = [np.arange(length) < (length + 1) // 2, np.arange(length) >= length // 2, np.ones(length, bool)]
