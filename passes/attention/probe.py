@@ -63,7 +63,7 @@ class Probe:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", version)], ir_version=10)
         try:
             with np.errstate(all="ignore"):
-                return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+                return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
         except Exception:  # the evaluator lacks an operator or a type; then nothing is known about the value
             return None
 
