@@ -7,7 +7,7 @@ the flags of such rows are made once for each mask, however many layers read it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +80,35 @@ def _make_bias(
     total = mask_bias if causal_bias is None else site.op("Add", mask_bias, causal_bias)
     if not finds_empty or (mask.dtype is not ir.DataType.BOOL and never_minus_infinity(mask)):
         return Bias(total, None)
-    axes = site.emitter.ints(-1)
+    shape = shape_of(mask)
+    assert shape is not None
     if mask.dtype is ir.DataType.BOOL and causal_bias is None:
         # a row is empty where no entry of the mask is true; on the flags this is cheaper than on the floats
-        highest = site.op("ReduceMax", site.op("Cast", mask, to=ir.DataType.INT32), axes, keepdims=1)
-        return Bias(total, site.op("Equal", highest, site.emitter.constant(0, ir.DataType.INT32, "zero")))
-    highest = site.op("ReduceMax", total, axes, keepdims=1)
-    return Bias(total, site.op("Equal", highest, site.emitter.constant(-np.inf, dtype, "minus_inf")))
+        zero = site.emitter.constant(0, ir.DataType.INT32, "zero")
+        highest = _largest_of_rows(site, site.op("Cast", mask, to=ir.DataType.INT32), shape, zero)
+        return Bias(total, site.op("Equal", highest, zero))
+    lowest = site.emitter.constant(-np.inf, dtype, "minus_inf")
+    if causal is not None:  # whose frontier is as long as queries and keys are
+        shape = (*shape[:-2], *((shape_of(value) or [None] * 4)[2] for value in (causal.query, causal.total)))
+    highest = _largest_of_rows(site, total, shape, lowest)
+    return Bias(total, site.op("Equal", highest, lowest))
+
+
+def _largest_of_rows(site: Site, value: ir.Value, shape: Sequence[object], least: ir.Value) -> ir.Value:
+    """The largest of each row of `value`, of `shape`, [.., 1]; `least` where a row has no keys.
+
+    ONNX Runtime (1.31) gives what it reduces the shape of its input where that is empty: [0, 1, 1, T] instead of
+    [0, 1, 1, 1]. So no row may be empty, and of no rows the last axis is cut.
+    """
+    ints = site.emitter.ints
+
+    def may_be_empty(*dims: object) -> bool:
+        return not all(isinstance(dim, int) and dim for dim in dims)
+
+    if may_be_empty(shape[-1]):
+        value = site.op("Pad", value, ints(*[0] * (2 * len(shape) - 1), 1), least)
+    largest: ir.Value = site.op("ReduceMax", value, ints(-1), keepdims=1)
+    return site.op("Slice", largest, ints(0), ints(1), ints(-1)) if may_be_empty(*shape[:-1]) else largest
 
 
 def _bias_where(site: Site, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:

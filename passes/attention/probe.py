@@ -7,6 +7,7 @@ operators between the padding mask and a value run on full, left- and right-padd
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,11 +32,9 @@ class Probe:
 
     def __init__(self, padding: Padding) -> None:
         self._padding = padding
-        self._sizes: dict[Dim, int] = {}
-        sizes: list[int] = []
-        for named, chosen in zip(padding.dims, (_BATCH, _TOKENS), strict=True):
-            sizes.append(named if isinstance(named, int) else self._sizes.setdefault(named, chosen))
-        batch, length = sizes
+        chosen = zip(padding.dims, (_BATCH, _TOKENS), strict=True)
+        self._sizes: dict[Dim, int] = {d: size for d, size in chosen if isinstance(d, str)}
+        batch, length = (d if isinstance(d, int) else self._sizes.get(d, 1) for d in padding.dims)
         rng = np.random.default_rng(0)
         tokens = rng.random((batch, length)) < 0.5
         kinds = [np.arange(length) < (length + 1) // 2, np.arange(length) >= length // 2, np.ones(length, bool)]
@@ -63,7 +62,8 @@ class Probe:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", version)], ir_version=10)
         try:
             with np.errstate(all="ignore"):
-                return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
+                outputs: Any = ReferenceEvaluator(model).run(None, feeds)
+                return np.asarray(outputs[0])
         except Exception:  # the evaluator lacks an operator or a type; then nothing is known about the value
             return None
 
