@@ -40,6 +40,7 @@ from xform.passes.normalize import (
     MigrateScales,
     WidenNormStatistics,
 )
+from xform.passes.precision import ConvertPrecision
 from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps, RaiseBlockLinear
 from xform.rewrite.passes import Pass
 
@@ -80,6 +81,8 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeStatic,
         ScaleChannels,
         ShiftChannels,
+        # precision
+        ConvertPrecision,
         # cleanup
         EliminateIdentities,
         FoldConstants,
