@@ -125,10 +125,17 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run graphs. Implementations hold no state."""
+    """One way to run graphs. Implementations hold no state.
+
+    Attributes:
+        name: What users call it.
+        kinds: Kinds of targets that it serves.
+        suffixes: Of the files that its artifacts can be saved to; each says a format.
+    """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]]
 
     def available(self, target: Target) -> str | None:
         """None if it can be used here for `target`, else what is missing and how to get it."""

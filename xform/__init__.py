@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from xform.errors import (
@@ -19,9 +18,10 @@ from xform.errors import (
     XformWarning,
 )
 from xform.target import Target
+from xform.version import __version__
 
 if TYPE_CHECKING:
-    from xform.api import optimize
+    from xform.api import load, optimize
     from xform.optimized import Optimized
 
 __all__ = [
@@ -39,23 +39,17 @@ __all__ = [
     "XformError",
     "XformWarning",
     "__version__",
+    "load",
     "optimize",
 ]
-
-DISTRIBUTION = "xform-compiler"  # the name `xform` on PyPI is another project's
-
-try:
-    __version__ = metadata.version(DISTRIBUTION)
-except metadata.PackageNotFoundError:  # a checkout that is run without being installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
     """Load what needs torch only when it is asked for, so that `xform --help` is quick."""
-    if name == "optimize":
-        from xform.api import optimize
+    if name in ("load", "optimize"):
+        from xform import api
 
-        return optimize
+        return getattr(api, name)
     if name == "Optimized":
         from xform.optimized import Optimized
 

@@ -31,6 +31,19 @@ _LEFTOVER_SECONDS = 3600.0  # since a killed run began to write an entry
 Valid = Callable[[Any], str | None]  # why an entry is not what it should be; None where it is
 
 
+def cache_root() -> Path:
+    """The folder of all caches: XFORM_CACHE, else `xform` in the user's cache folder.
+
+    Raises:
+        RuntimeError: The user has no home folder.
+    """
+    given = os.environ.get("XFORM_CACHE")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    return Path(base if os.path.isabs(base) else Path.home() / ".cache") / "xform"
+
+
 class CacheFolder:
     """One folder of entries.
 
@@ -45,12 +58,8 @@ class CacheFolder:
 
     @property
     def path(self) -> Path:
-        """Where it is: in XFORM_CACHE, else in `xform` in the user's cache folder. RuntimeError where there is none."""
-        given = os.environ.get("XFORM_CACHE")
-        if given:
-            return Path(given) / self._kind
-        base = os.environ.get("XDG_CACHE_HOME") or ""
-        return Path(base if os.path.isabs(base) else Path.home() / ".cache") / "xform" / self._kind
+        """Where it is, see `cache_root`."""
+        return cache_root() / self._kind
 
     def read(self, name: str, valid: Valid) -> Any | None:
         """The entry called `name`; None where there is none, or none that is `valid`, which is told."""

@@ -14,6 +14,7 @@ from xform.errors import XformWarning
 from xform.text import paragraph
 
 LOG = logging.getLogger("xform")
+LOG.addHandler(logging.NullHandler())  # where nobody set up logging, warnings.warn is enough
 
 
 def tell(message: str) -> None:

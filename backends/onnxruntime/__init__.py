@@ -50,6 +50,7 @@ class OnnxRuntimeBackend:
 
     name: ClassVar[str] = "onnxruntime"
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
 
     def available(self, target: Target) -> str | None:
         """See `xform.backends.base.Backend.available`."""

@@ -30,6 +30,7 @@ from xform.backends.onnxruntime.attention_packed import FORM, packed_attention
 from xform.backends.onnxruntime.attention_per_sequence import SEQUENCE_LOOPS_SINCE, attention_per_sequence
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
 from xform.backends.onnxruntime.projections import SWAP_HEADS, is_head_swap
+from xform.graph.masks import without_nan_rows
 from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
 
 FORMS = ("packed", "multi_head")
@@ -37,7 +38,11 @@ FORMS = ("packed", "multi_head")
 
 @dataclass(frozen=True)
 class Operands:
-    """One Attention node, read."""
+    """One Attention node, read.
+
+    Attributes:
+        nan_rows: Whether a row without a key gives NaN, as a plain softmax does, and not zeros.
+    """
 
     query: ir.Value
     key: ir.Value
@@ -52,6 +57,7 @@ class Operands:
     logits_mode: int
     query_heads: int
     kv_heads: int
+    nan_rows: bool
 
     @property
     def plain(self) -> bool:
@@ -131,6 +137,9 @@ def _read(site: Site) -> Operands | None:
         query, key, value = (
             _split_heads(site, x, h) for x, h in ((query, query_heads), (key, kv_heads), (value, kv_heads))
         )
+    causal = bool(attribute(node, "is_causal", 0))
+    plain = None if mask is None or causal else without_nan_rows(mask)
+    mask = plain if plain is not None else mask
     mask = None if mask is None or is_neutral(mask) else mask
     if not isinstance(query_heads, int) or not isinstance(kv_heads, int) or query_heads % kv_heads:
         return None
@@ -146,12 +155,13 @@ def _read(site: Site) -> Operands | None:
         past_key,
         past_value,
         scale=float(scale) if scale is not None else 1 / math.sqrt(float(str(head_size))),
-        causal=bool(attribute(node, "is_causal", 0)),
+        causal=causal,
         softcap=float(attribute(node, "softcap", 0.0)),
         precision=ir.DataType(precision) if precision and ir.DataType(precision) is not query.dtype else None,
         logits_mode=int(attribute(node, "qk_matmul_output_mode", 0)),
         query_heads=query_heads,
         kv_heads=kv_heads,
+        nan_rows=plain is not None,
     )
 
 
@@ -186,7 +196,8 @@ def _write_out(site: Site, a: Operands) -> None:
         cap = emitter.constant(a.softcap, dtype, "softcap")
         logits = site.op("Mul", site.op("Tanh", site.op("Div", logits, cap)), cap)
     stages.append(logits)
-    bias = make_bias(site, dtype, a.mask, Lengths(a.query, a.key, a.past_key, key) if a.causal else None)
+    causal = Lengths(a.query, a.key, a.past_key, key) if a.causal else None
+    bias = make_bias(site, dtype, a.mask, causal, finds_empty=not a.nan_rows)
     if bias is not None:
         logits = site.op("Add", logits, bias.value)
     stages.append(logits)

@@ -206,7 +206,7 @@ def _sequences(site: Site, valid: ir.Value, rows: ir.Value, places: ir.Value) ->
 
 def _attend(site: Site, a: Operands, parts: list[_Tokens], sequences: _Sequences) -> ir.Value:
     """[T, H * D]."""
-    bias, shape = make_bias(site, ir.DataType.FLOAT, a.mask, None), shape_of(a.mask)
+    bias, shape = make_bias(site, ir.DataType.FLOAT, a.mask, None, finds_empty=not a.nan_rows), shape_of(a.mask)
     assert bias is not None and shape is not None
     added = _by_sequence(site, bias.value, shape, sequences)
     empty = None if bias.empty_rows is None else _empty_rows(site, added, sequences)

@@ -61,6 +61,7 @@ class OpenVinoBackend:
 
     name: ClassVar[str] = "openvino"
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx", ".xml")
 
     def available(self, target: Target) -> str | None:
         """See `xform.backends.base.Backend.available`."""

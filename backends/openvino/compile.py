@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import openvino as ov
 
+from xform.backends.onnxruntime.session import physical_cores
 from xform.backends.openvino.dynamic_groups import SETTING
-from xform.errors import TargetError
+from xform.errors import ModelError, TargetError
 from xform.graph import write
 from xform.graph.atomic import write_bytes
+
+if TYPE_CHECKING:
+    from xform.backends.openvino.runner import OpenVinoRunner
 
 
 def settings_for(threads: int, group: int = 0) -> dict[str, Any]:
@@ -73,6 +78,32 @@ def save_xml(model: ir.Model, path: Path, group: int = 0) -> list[Path]:
         ov.save_model(read, made, compress_to_fp16=False)
         weights = write_bytes(path.with_suffix(".bin"), made.with_suffix(".bin").read_bytes())
         return [write_bytes(path, made.read_bytes()), weights]  # last what makes the weights readable
+
+
+def load_xml(path: Path, threads: int | None) -> OpenVinoRunner:
+    """What `save_xml` wrote, compiled for the CPU.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    from xform.backends.openvino.runner import OpenVinoRunner
+
+    try:
+        read = ov.Core().read_model(path)
+        settings = settings_for(threads or physical_cores())
+        if read.has_rt_info(["runtime_options", SETTING]):
+            settings[SETTING] = int(read.get_rt_info(["runtime_options", SETTING]).astype(str))
+        compiled = ov.Core().compile_model(read, "CPU", settings)
+    except RuntimeError as error:
+        raise ModelError(f"OpenVINO cannot read the file: {_reason(error)}", where=str(path)) from error
+    inputs, outputs = ([_value(port) for port in ports] for ports in (compiled.inputs, compiled.outputs))
+    return OpenVinoRunner(compiled, ir.Model(ir.Graph(inputs, outputs, nodes=[]), ir_version=10))
+
+
+def _value(port: Any) -> ir.Value:
+    dims = [dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()]
+    dtype = ir.DataType.from_numpy(np.dtype(port.get_element_type().to_dtype()))
+    return ir.Value(name=port.get_any_name(), shape=ir.Shape(dims), type=ir.TensorType(dtype))
 
 
 def _reason(error: Exception) -> str:

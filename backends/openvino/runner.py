@@ -15,7 +15,7 @@ from xform.errors import TargetError, UsageError
 
 
 class OpenVinoRunner:
-    """A compiled model with one infer request.
+    """A compiled model with one infer request per call at a time: a request's memory is its own.
 
     Args:
         compiled: An openvino CompiledModel.
@@ -23,7 +23,8 @@ class OpenVinoRunner:
     """
 
     def __init__(self, compiled: Any, model: ir.Model) -> None:
-        self._request = compiled.create_infer_request()
+        self._compiled = compiled
+        self._idle: list[Any] = [compiled.create_infer_request()]  # append and pop are atomic
         self._inputs = {value.name or "": value for value in model.graph.inputs}
         self._required = [name for name in self._inputs if name not in model.graph.initializers]
         self.input_names: tuple[str, ...] = tuple(self._inputs)
@@ -33,26 +34,33 @@ class OpenVinoRunner:
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
         """See `xform.backends.base.Runner.run`."""
-        if self._request is None:
+        if self._compiled is None:
             raise UsageError("this runner was closed", hint="load the artifact again")
         check_names(feeds, self.input_names, self._required)
         as_torch = any(isinstance(value, torch.Tensor) for value in feeds.values())
         # an input that the graph does not read is none of the compiled model's
         tensors = {name: ov.Tensor(self._array(name, v)) for name, v in feeds.items() if name in self._known}
         try:
-            self._request.infer(tensors, share_outputs=True)
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        try:
+            request.infer(tensors, share_outputs=True)
+            # the request writes into the same memory at the next call
+            outputs = [np.array(request.get_output_tensor(i).data) for i in range(self._outputs)]
         except RuntimeError as error:
             raise TargetError(
                 f"OpenVINO failed while running the model: {str(error).strip().splitlines()[-1][:400]}",
                 hint="check that the sizes of the inputs agree with each other",
             ) from error
-        # the request writes into the same memory at the next call
-        outputs = [np.array(self._request.get_output_tensor(i).data) for i in range(self._outputs)]
+        finally:
+            self._idle.append(request)
         return [torch.from_numpy(output) for output in outputs] if as_torch else outputs
 
     def close(self) -> None:
         """See `xform.backends.base.Runner.close`."""
-        self._request = None
+        self._compiled = None
+        self._idle = []
 
     def _array(self, name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -67,6 +67,7 @@ class TorchTritonBackend:
 
     name: ClassVar[str] = "torch_triton"
     kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx", ".pt2", ".safetensors")
 
     def available(self, target: Target) -> str | None:
         """See `xform.backends.base.Backend.available`."""

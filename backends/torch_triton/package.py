@@ -7,8 +7,9 @@ outputs = model(*inputs)            # in the order of the graph's inputs
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,16 @@ import onnx_ir as ir
 import torch
 from torch.export import Dim
 
+from xform.backends.base import check_names
 from xform.backends.torch_triton.lower.dtypes import TORCH_DTYPES
-from xform.errors import TargetError
+from xform.errors import ModelError, TargetError, UsageError
 from xform.graph import dims
 from xform.graph.atomic import Staged, output_error, remove_leftovers, resolve
 
 if TYPE_CHECKING:
     from xform.backends.torch_triton import TorchArtifact
 
+_NAMES = "xform.names"  # key in a package's metadata: its inputs and outputs
 _SIZES = (
     2,
     16,
@@ -50,7 +53,10 @@ def save_package(artifact: TorchArtifact, path: Path) -> list[Path]:
         )
     _demand_compiler()
     exported = _exported(artifact, device)
-    options = {"max_autotune": True} if artifact.compile == "max-autotune" else {}
+    names = {"inputs": [v.name for v in artifact.model.graph.inputs]}
+    names["outputs"] = [v.name for v in artifact.model.graph.outputs]
+    options: dict[str, Any] = {"aot_inductor.metadata": {_NAMES: json.dumps(names)}}
+    options |= {"max_autotune": True} if artifact.compile == "max-autotune" else {}
     try:
         remove_leftovers(target)
         with Staged(target) as staged:
@@ -69,6 +75,45 @@ def save_package(artifact: TorchArtifact, path: Path) -> list[Path]:
     except OSError as error:
         raise output_error(error, target) from error
     return [target]
+
+
+class PackageRunner:
+    """A loaded package; see `xform.backends.base.Runner`.
+
+    Raises:
+        ModelError: The file is not a package that `save_package` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._package: Any = torch._inductor.aoti_load_package(str(path))
+            names = json.loads(self._package.get_metadata()[_NAMES])
+        except (RuntimeError, KeyError, ValueError, OSError) as error:
+            text = str(error).strip().splitlines()
+            raise ModelError(
+                f"the package cannot be loaded: {text[0][:400] if text else type(error).__name__}", where=str(path)
+            ) from error
+        self.input_names: tuple[str, ...] = tuple(names["inputs"])
+        self.output_names: tuple[str, ...] = tuple(names["outputs"])
+
+    def run(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """See `xform.backends.base.Runner.run`."""
+        if self._package is None:
+            raise UsageError("this runner was closed", hint="load the package again")
+        check_names(feeds, self.input_names, self.input_names)
+        as_torch = any(isinstance(value, torch.Tensor) for value in feeds.values())
+        try:
+            outputs = self._package(*[torch.as_tensor(feeds[name]) for name in self.input_names])
+        except RuntimeError as error:
+            raise UsageError(
+                f"the package does not take these inputs: {str(error).strip().splitlines()[0][:400]}",
+                hint="give inputs of the dtypes and sizes that it was saved for",
+            ) from error
+        return list(outputs) if as_torch else [output.numpy() for output in outputs]
+
+    def close(self) -> None:
+        """See `xform.backends.base.Runner.close`."""
+        self._package = None
 
 
 def _demand_compiler() -> None:

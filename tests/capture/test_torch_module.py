@@ -16,7 +16,7 @@ from torch_support import assert_same, call
 from xform.capture import capture_torch
 from xform.capture.onnx_file import notes
 from xform.capture.torch_calling import Signature
-from xform.capture.torch_program import evaluating
+from xform.capture.torch_twin import twin_of
 from xform.errors import CaptureError, UsageError
 
 
@@ -85,8 +85,8 @@ def test_padded_encoder_layers_are_captured_as_written() -> None:
     captured = capture_torch(encoder, (x,), {"src_key_padding_mask": padding})
     assert torch.backends.mha.get_fastpath_enabled()
     actual = call(captured, (x,), {"src_key_padding_mask": padding})
-    with evaluating(encoder):
-        assert_same(actual, encoder(x, src_key_padding_mask=padding))
+    with twin_of(encoder) as twin:
+        assert_same(actual, twin(x, src_key_padding_mask=padding))
     assert_same(actual[~padding], eager(encoder, x, src_key_padding_mask=padding)[~padding])
 
 

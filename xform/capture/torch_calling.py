@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,33 @@ class Arguments:
         """The bound arguments with other tensors in the places of these."""
         values = {**self.constants, **dict(zip(self.tensors, tensors, strict=True))}
         return unflatten([values[name] for name in self.order], self.spec)
+
+    def apart(self, taken: Iterable[torch.Tensor]) -> tuple[Arguments, tuple[str, ...]]:
+        """The same arguments in memory of their own, and the names of those that were copied for that.
+
+        torch.export takes one tensor in two places for one input, and an argument that is a parameter for that
+        parameter. But what is one tensor in an example call is another one in the next.
+
+        Args:
+            taken: Tensors whose memory no argument may share: the module's.
+        """
+        used = {_memory(tensor) for tensor in taken}
+        tensors: dict[str, torch.Tensor] = {}
+        copied = []
+        for name, tensor in self.tensors.items():
+            if _memory(tensor) in used:
+                tensor = tensor.detach().clone()
+                copied.append(name)
+            used.add(_memory(tensor))
+            tensors[name] = tensor
+        return dataclasses.replace(self, tensors=tensors), tuple(copied)
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    """What tells whether two tensors share memory: their storage, or the tensor itself where it has none."""
+    if tensor.layout is not torch.strided or tensor.is_meta or (pointer := tensor.untyped_storage().data_ptr()) == 0:
+        return id(tensor)
+    return tensor.device, pointer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +183,11 @@ class Signature:
                 tensors[name] = leaf
             elif isinstance(leaf, _LEAVES):
                 constants[name] = leaf
+            elif type(leaf).__module__ == "numpy":
+                raise UsageError(
+                    f"argument {name} is a NumPy {type(leaf).__name__}, and a torch module takes tensors",
+                    hint=f"convert it: torch.as_tensor({name})",
+                )
             else:
                 raise UsageError(
                     f"argument {name} is a {type(leaf).__name__}, which cannot be taken apart into tensors",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -27,6 +28,7 @@ class DimRequest:
     high: int | None = None
     times: int = 1
     plus: int = 0
+    found: bool = False  # torch finds the range, and which dims are equal
 
     @property
     def derived(self) -> bool:
@@ -51,14 +53,22 @@ def parse(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> dict[str, dic
             raise UsageError(f"dynamic={dynamic!r} is not known", hint='use None, "auto", or a dict of named dims')
         found = {name: _candidates(name, tensor) for name, tensor in inputs.items()}
         return {name: dict.fromkeys(axes) for name, axes in found.items() if axes}
+    if not isinstance(dynamic, Mapping):
+        raise UsageError(f"dynamic={dynamic!r} is not known", hint='use None, "auto", or a dict of named dims')
     requests: dict[str, dict[int, DimRequest | None]] = {}
     for name, dims in dynamic.items():
         if name not in inputs:
-            raise UsageError(f"dynamic names the input {name!r}, which does not exist", hint=f"inputs: {list(inputs)}")
+            close = get_close_matches(str(name), inputs, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"its inputs are: {', '.join(inputs) or 'none'}"
+            raise UsageError(f"dynamic names the input {name!r}, which does not exist", hint=hint)
+        if not isinstance(dims, Mapping):
+            raise UsageError(
+                f"dynamic[{name!r}] = {dims!r} is not a dict of axes", hint=f'write {{{name!r}: {{0: "batch"}}}}'
+            )
         rank = inputs[name].ndim
         for axis, request in dims.items():
-            if not -rank <= axis < rank:
-                raise UsageError(f"dynamic names axis {axis} of {name!r}, which has {rank} dims")
+            if isinstance(axis, bool) or not isinstance(axis, int) or not -rank <= axis < rank:
+                raise UsageError(f"dynamic names axis {axis!r} of {name!r}, which has {rank} dims")
             requests.setdefault(name, {})[axis % rank] = _request(name, axis, request)
     return requests
 
@@ -84,7 +94,12 @@ def _candidates(name: str, tensor: torch.Tensor) -> list[int]:
     """
     if tensor.ndim <= 3 or not tensor.is_floating_point():
         return list(range(tensor.ndim))
-    return [0, 2] if tensor.ndim == 4 and name.endswith((".keys", ".values")) else [0]
+    return [0, 2] if tensor.ndim == 4 and _is_cached(name) else [0]
+
+
+def _is_cached(name: str) -> bool:
+    """Whether an input is the keys or values [batch, heads, length, features] of a cache."""
+    return name.endswith((".keys", ".values"))
 
 
 def _widen(inputs: Mapping[str, torch.Tensor], axis: int, names: list[str]) -> dict[str, torch.Tensor]:
@@ -99,22 +114,63 @@ Attempt = tuple[dict[str, torch.Tensor], dict[str, dict[int, "DimRequest | None"
 
 
 def attempts(
-    inputs: Mapping[str, torch.Tensor], requests: dict[str, dict[int, DimRequest | None]], dynamic: Dynamic
+    inputs: Mapping[str, torch.Tensor],
+    requests: dict[str, dict[int, DimRequest | None]],
+    dynamic: Dynamic,
+    varied: Mapping[str, Collection[int]],
 ) -> list[Attempt]:
     """Example inputs and dynamic dims to export with, the most general first.
+
+    Args:
+        varied: Axes that had other sizes in earlier calls, by input: dynamic too, if they can be.
+    """
+    tried: list[Attempt] = []
+    if varied:
+        general = {name: dict(axes) for name, axes in requests.items()}
+        for name, axes in varied.items():
+            for axis in axes:
+                general.setdefault(name, {}).setdefault(axis, None)
+        tried += _examples(inputs, general)
+    if dynamic == "auto":
+        lengthened, batched, _ = _examples(inputs, requests)
+        batch_only = {name: {0: axes[0]} for name, axes in requests.items() if 0 in axes}
+        tried += [lengthened, batched, (batched[0], batch_only), (dict(inputs), {})]
+    else:
+        tried += _examples(inputs, requests)
+        found = {
+            name: {axis: _to_be_found(request) for axis, request in axes.items()} for name, axes in requests.items()
+        }
+        tried += _examples(inputs, found) if found != requests else []
+    return _distinct(tried)
+
+
+def _examples(inputs: Mapping[str, torch.Tensor], requests: dict[str, dict[int, DimRequest | None]]) -> list[Attempt]:
+    """The example with its dims of size 1 doubled, with the batch alone doubled, and as it is.
 
     torch.export takes the sizes 0 and 1 of an example for constants, because broadcasting depends on them. So where a
     dim is to be dynamic, examples of size 1 are doubled: the batch, and the length of a sequence.
     """
-    example = dict(inputs)
-    if not requests:
-        return [(example, {})]
     batched = _widen(inputs, 0, [name for name, axes in requests.items() if 0 in axes])
     lengthened = _widen(batched, 1, [name for name in requests if inputs[name].ndim in (2, 3) and 1 in requests[name]])
-    if dynamic != "auto":
-        return [(lengthened, requests), (batched, requests), (example, requests)]
-    batch_only = {name: {0: axes[0]} for name, axes in requests.items() if 0 in axes}
-    return [(lengthened, requests), (batched, requests), (batched, batch_only), (example, {})]
+    short = [name for name, axes in requests.items() if 2 in axes and _is_cached(name) and inputs[name].shape[2] == 1]
+    lengthened = _widen(lengthened, 2, short)
+    return [(lengthened, requests), (batched, requests), (dict(inputs), requests)]
+
+
+def _to_be_found(request: DimRequest | None) -> DimRequest | None:
+    if request is None or request.derived or (request.low, request.high) != (None, None):
+        return request
+    return dataclasses.replace(request, found=True)
+
+
+def _distinct(tried: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts without repetitions: one that failed would fail again."""
+    distinct: dict[object, Attempt] = {}
+    for tensors, requests in tried:
+        shapes = tuple(tensor.shape for tensor in tensors.values())
+        axes = tuple((name, axis, request) for name, dims in requests.items() for axis, request in dims.items())
+        distinct.setdefault((shapes, axes), (tensors, requests))
+    return list(distinct.values())
 
 
 def export_shapes(
@@ -126,7 +182,7 @@ def export_shapes(
     for name in inputs:
         shape: dict[int, Any] = {}
         for axis, request in requests.get(name, {}).items():
-            if request is None:
+            if request is None or request.found:
                 shape[axis] = Dim.AUTO
                 continue
             if request.name not in dims:
@@ -169,9 +225,9 @@ def _name_symbols(
             request = requests.get(name, {}).get(axis)
             wanted = request.name if request is not None else _symbol_name(name, axis, tensor.ndim)
             # Where torch found no reason for two sizes (a mask's and its ids') to be equal, being equal in the example
-            # is reason enough: a call where they differ is captured anew.
+            # is reason enough: a call where they differ is captured anew. So is having one name.
             key = (wanted, int(size.node.hint))  # type: ignore[attr-defined]
-            if request is not None or key not in found:
+            if key not in found or (request is not None and not request.found):
                 found[key] = unique_names([wanted], list(symbols.values()))[0]
             symbols[str(symbol)] = found[key]
     return symbols
@@ -225,8 +281,10 @@ def _multiple(size: sympy.Expr, known: Mapping[sympy.Symbol, DimRequest]) -> Dim
 def _symbol_name(name: str, axis: int, rank: int) -> str:
     if axis == 0:
         return "batch"
-    if axis == 1 and rank in (2, 3):
-        return "sequence"
+    if (axis == 1 and rank in (2, 3)) or (axis == 2 and _is_cached(name) and "cross" in name):
+        return "sequence"  # what a decoder attends to across is what the encoder has read
+    if axis == 2 and _is_cached(name):
+        return "past"
     return re.sub(r"\W", "_", f"{name}_{axis}")
 
 
@@ -282,6 +340,16 @@ class Sizes:
             for name, shape in self.shapes.items()
             if (axes := {axis: str(size) for axis, size in enumerate(shape) if not isinstance(size, int)})
         }
+
+    def varied(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, set[int]]:
+        """Per input, the axes that are dynamic or of another size in `inputs`; empty if some rank differs."""
+        if any(inputs[name].ndim != len(shape) for name, shape in self.shapes.items()):
+            return {}
+        axes = {
+            name: {axis for axis, size in enumerate(shape) if size != inputs[name].shape[axis]}
+            for name, shape in self.shapes.items()
+        }
+        return {name: found for name, found in axes.items() if found}
 
     def mismatch(self, inputs: Mapping[str, torch.Tensor]) -> str | None:
         """Why these inputs' shapes are not among those captured, or None if they are."""

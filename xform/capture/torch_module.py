@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import re
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -19,10 +21,23 @@ from xform.capture.torch_errors import capture_error
 from xform.capture.torch_graph import canonical_container
 from xform.capture.torch_normalize import normalize
 from xform.capture.torch_onnx import translate
-from xform.capture.torch_program import FlatModule, constant_outputs, evaluating, export
+from xform.capture.torch_program import FlatModule, constant_outputs, export
+from xform.capture.torch_twin import twin_of
 from xform.errors import CaptureError, UsageError
 
 Source = torch.nn.Module | ExportedProgram
+
+_PLACE = re.compile(r"\btensors_(\d+)\b")  # what torch calls the inputs of a FlatModule
+_LOCK = threading.RLock()  # of the one capture that may run in a process
+
+
+def _forget_lock() -> None:
+    """In a forked child: the thread that held the lock is not there to release it."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +49,7 @@ class CapturedModule:
             outputs after the fields of the result (`logits`, `output_1`), initializers as in the `state_dict`, whose
             tensors they share.
         dynamic_dims: Per input, its dynamic axes with their names; equal names are equal sizes.
+        aliased: Inputs that shared memory with another input, or with the module, in the example call.
     """
 
     model: ir.Model
@@ -43,6 +59,7 @@ class CapturedModule:
     _signature: Signature
     _example: Arguments
     _results: Results
+    aliased: tuple[str, ...] = ()
 
     @property
     def dynamic_dims(self) -> dict[str, dict[int, str]]:
@@ -115,12 +132,36 @@ class CapturedModule:
         """Why a call is not one that was captured, or None if it is."""
         return self._mismatch(self._signature.flatten(args, kwargs or {}))
 
+    def varied(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, set[int]]:
+        """Per input, the axes in which a call's sizes differ from those captured, and the dynamic ones.
+
+        Empty where the call differs in more than sizes.
+        """
+        arguments = self._signature.flatten(args, kwargs)
+        if self._differs(arguments) is not None:
+            return {}
+        return self.sizes.varied(arguments.tensors)
+
+    @property
+    def writes_caches(self) -> bool:
+        """Whether the module returns key/value caches that it was given, having written into them."""
+        return bool(self._results.written)
+
     def _mismatch(self, arguments: Arguments) -> str | None:
+        reason = self._differs(arguments)
+        return self.sizes.mismatch(arguments.tensors) if reason is None else reason
+
+    def _differs(self, arguments: Arguments) -> str | None:
+        """What else than sizes differs from the captured call."""
         example = self._example
         if arguments.order != example.order:
-            return f"it has the arguments {list(arguments.order)}, captured with {list(example.order)}"
+            more = [name for name in arguments.order if name not in example.order]
+            fewer = [name for name in example.order if name not in arguments.order]
+            found = [f"the argument {_some(more)}"] * bool(more) + [f"no argument {_some(fewer)}"] * bool(fewer)
+            return f"it has {' and '.join(found) or 'its arguments in another order'}, other than the captured one"
         if list(arguments.tensors) != list(example.tensors):
-            return f"{list(arguments.tensors)} are tensors, captured with {list(example.tensors)}"
+            differ = sorted(arguments.tensors.keys() ^ example.tensors.keys())
+            return f"{_some(differ)} is a tensor in one of the calls only"
         for name, value in example.constants.items():
             if type(arguments.constants[name]) is not type(value) or arguments.constants[name] != value:
                 return f"{name} is {arguments.constants[name]!r}, captured with {value!r}"
@@ -129,7 +170,11 @@ class CapturedModule:
         for name, tensor in example.tensors.items():
             if arguments.tensors[name].dtype is not tensor.dtype:
                 return f"{name} is {arguments.tensors[name].dtype}, captured with {tensor.dtype}"
-        return self.sizes.mismatch(arguments.tensors)
+        return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def capture_torch(
@@ -138,36 +183,43 @@ def capture_torch(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = None,
+    varied: Mapping[str, Collection[int]] | None = None,
 ) -> CapturedModule:
     """Capture a module as a graph that computes what the module computes in evaluation mode.
 
-    The module is put in evaluation mode for the capture and gets its training flags back; nothing else of it changes,
-    and the graph shares its tensors.
+    The module is left alone: a stand-in with the same tensors is captured, and the graph shares these tensors. One
+    capture at a time runs in a process, as torch.export is not made for more.
 
     Args:
         module: An nn.Module, an fx.GraphModule, or an ExportedProgram (which brings its own inputs and dynamic dims).
-        args: Example positional arguments. Tensors become graph inputs; numbers, strings and None are part of the
-            capture.
+        args: Example positional arguments. Tensors become graph inputs, each one of its own, also where several share
+            memory; numbers, strings and None are part of the capture.
         kwargs: Example keyword arguments.
-        dynamic: Which sizes may differ from call to call. None: none. `"auto"`: batch and sequence dims are found. A
-            dict names dims of graph inputs: `{"ids": {0: "batch", 1: ("seq", 1, 512)}}`.
+        dynamic: Which sizes may differ from call to call. None or False: none. `"auto"` or True: batch and sequence
+            dims are found. A dict names dims of graph inputs: `{"ids": {0: "batch", 1: ("seq", 1, 512)}}`.
+        varied: Axes that had other sizes in earlier calls, by input: dynamic too, if the module can be captured so.
 
     Raises:
         UsageError: Arguments that do not fit, or a malformed `dynamic`.
         CaptureError: torch.export or the translation to ONNX failed; says at which line of the model, and what to try.
     """
+    if isinstance(dynamic, bool):
+        dynamic = "auto" if dynamic else None
     if isinstance(module, ExportedProgram):
-        return _capture_program(module, args, kwargs, dynamic)
+        return _capture_program(module, args, kwargs, dynamic, varied or {})
     module = _checked(module)
     signature = Signature.of(module)
     arguments = signature.flatten(args, kwargs or {})
     requests = torch_dynamic.parse(dynamic, arguments.tensors)
-    with evaluating(module):
-        return _capture(module, signature, arguments, requests, dynamic)
+    return _capture_twin(module, signature, arguments, requests, dynamic, varied or {})
 
 
 def _capture_program(
-    program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic: Dynamic
+    program: ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    dynamic: Dynamic,
+    varied: Mapping[str, Collection[int]],
 ) -> CapturedModule:
     """Capture an exported program with the inputs and dynamic dims that it was exported with, or others where given."""
     if not args and not kwargs:
@@ -181,8 +233,21 @@ def _capture_program(
         requests = torch_dynamic.dims_of(program, list(arguments.tensors))
     else:
         requests = torch_dynamic.parse(dynamic, arguments.tensors)
-    with evaluating(module):
-        return _capture(module, signature, arguments, requests, dynamic)
+    return _capture_twin(module, signature, arguments, requests, dynamic, varied)
+
+
+def _capture_twin(
+    module: torch.nn.Module,
+    signature: Signature,
+    arguments: Arguments,
+    requests: dict[str, dict[int, DimRequest | None]],
+    dynamic: Dynamic,
+    varied: Mapping[str, Collection[int]],
+) -> CapturedModule:
+    arguments, aliased = arguments.apart((*module.parameters(), *module.buffers()))
+    with _LOCK, twin_of(module) as twin:
+        captured = _capture(twin, signature, arguments, requests, dynamic, varied)
+    return dataclasses.replace(captured, aliased=aliased)
 
 
 def _checked(module: Any) -> torch.nn.Module:
@@ -204,9 +269,10 @@ def _capture(
     arguments: Arguments,
     requests: dict[str, dict[int, DimRequest | None]],
     dynamic: Dynamic,
+    varied: Mapping[str, Collection[int]],
 ) -> CapturedModule:
     name = type(module).__name__
-    attempts = torch_dynamic.attempts(arguments.tensors, requests, dynamic)
+    attempts = torch_dynamic.attempts(arguments.tensors, requests, dynamic, varied)
     failures: list[CaptureError] = []
     for tensors, tried in attempts:
         try:
@@ -218,9 +284,27 @@ def _capture(
             notes(captured.model).append(
                 f"not every dim of {name} that might be dynamic could be captured so: {failures[0].what}"
             )
+        notes(captured.model).extend(_narrower(captured, requests, dynamic))
         return captured
     # The last attempt asks for least: what stops it is the module's own trouble.
     raise failures[-1]
+
+
+def _narrower(
+    captured: CapturedModule, requests: Mapping[str, Mapping[int, DimRequest | None]], dynamic: Dynamic
+) -> Iterator[str]:
+    """What was asked to be dynamic and is not, or not in any size."""
+    dims = captured.dynamic_dims
+    if dynamic == "auto":
+        batched = [name for name, axes in requests.items() if 0 in axes]
+        if batched and not any(0 in dims.get(name, {}) for name in batched):
+            size = captured.sizes.shapes[batched[0]][0]
+            yield f"the batch is fixed at {size} (axis 0 of {batched[0]}): each other batch size is captured again"
+    open_ended = {r.name for axes in requests.values() for r in axes.values() if r is not None and r.high is None}
+    for name in sorted(open_ended):
+        low, high = captured.dim_ranges.get(name, (1, None))
+        if high is not None or low > 2:
+            yield f"dim {name!r} takes the sizes {low} to {'any' if high is None else high}, no others"
 
 
 def _attempt(
@@ -242,12 +326,21 @@ def _attempt(
     except Exception as error:
         raise capture_error(f"torch.export cannot capture {name}", error, list(tensors)) from error
     sizes, symbols = torch_dynamic.sizes_of(program, list(arguments.tensors), requests)
+    for fixed, axes in requests.items():
+        for axis, request in axes.items():
+            if request is not None and isinstance(size := sizes.shapes[fixed][axis], int):
+                raise CaptureError(
+                    f"{name} takes one size of dim {request.name!r}: axis {axis} of {fixed} is always {size}",
+                    hint="leave this dim out of `dynamic`, or use dynamic='auto'",
+                )
     results = flat.results.settled(constant_outputs(program))
     try:
         normalize(program)
         model = translate(program)
     except Exception as error:
         raise capture_error(f"{name} cannot be translated to ONNX", error, list(tensors)) from error
+    names = list(arguments.tensors)
+    notes(model)[:] = [_PLACE.sub(lambda match: names[int(match[1])], note) for note in notes(model)]
     model = canonical_container(model, list(arguments.tensors), results.names, symbols)
     outputs = tuple(value.name or "" for value in model.graph.outputs)
     return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)

@@ -6,12 +6,8 @@ decomposition, and otherwise kept, as nodes of the domain `torch` that carry the
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,27 +18,13 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.onnx._internal.exporter import _core, _registration
 
 from xform.capture.onnx_file import notes
+from xform.capture.quiet import quiet
 from xform.capture.torch_errors import failing_node
 from xform.capture.torch_operators import keep_operator
 from xform.capture.torch_program import PREFIX
 
 OPSET = 23
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's progress and warnings out of the user's terminal; errors are raised anyway."""
-    loggers = [logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+WRITTEN = "xform.written_buffers"  # key in model.meta: names of buffers that forward writes into
 
 
 def translate(program: ExportedProgram) -> ir.Model:
@@ -112,7 +94,9 @@ def _restore_doubles(model: ir.Model, program: ExportedProgram) -> None:
 
 def _note_writes(model: ir.Model, signature: ExportGraphSignature) -> None:
     """Tell of what forward writes into: a graph has no side effects."""
-    written = [f"buffer {name.removeprefix(PREFIX)}" for name in signature.buffers_to_mutate.values()]
+    buffers = [name.removeprefix(PREFIX) for name in signature.buffers_to_mutate.values()]
+    model.meta[WRITTEN] = tuple(buffers)
+    written = [f"buffer {name}" for name in buffers]
     written += [f"argument {name}" for name in signature.user_inputs_to_mutate.values()]
     notes(model).extend(
         f"forward writes into its {what}; the captured graph computes the same result but does not write there"

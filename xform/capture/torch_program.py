@@ -1,16 +1,15 @@
-"""torch.export, run so that the user's module is left as it was found."""
+"""torch.export of a module that is called with its tensors only."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
+from xform.capture.quiet import quiet
 from xform.capture.torch_calling import Arguments, Results, Signature
 
 PREFIX = "module."
@@ -55,38 +54,15 @@ class FlatModule(torch.nn.Module):
         return tuple(outputs)
 
 
-@contextlib.contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every submodule's own training flag is put back afterwards.
-
-    The flags are set one by one: `eval()` of some classes does more (it merges adapters into weights), or refuses.
-    torch's fused encoder layers are off inside: they give zeros at padded positions, where the layers as written, and
-    so what torch.export captures, give other values that nobody is meant to read.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    flags = [(child, child.training) for child in module.modules()]
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for child, _ in flags:
-            child.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for child, flag in flags:
-            child.training = flag
-
-
 def export(
     module: FlatModule, tensors: Mapping[str, torch.Tensor], shapes: Sequence[Mapping[int, Any]]
 ) -> ExportedProgram:
-    """torch.export of a flat module; torch's notes about buffers and dims are not the user's to act on.
+    """torch.export of a flat module; what torch prints and notes meanwhile is not the user's to act on.
 
     Raises:
         Exception: Whatever torch.export raises, user code included.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         dynamic_shapes = {"tensors": tuple(dict(shape) for shape in shapes)} if any(shapes) else None
         return torch.export.export(module, tuple(tensors.values()), dynamic_shapes=dynamic_shapes, strict=False)
 

@@ -8,6 +8,7 @@ its attributes, those that can hold tensors as children and the rest as context.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CACHE_MODULE = "transformers.cache_utils"
+_REGISTERING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +30,21 @@ class _State:
     constants: tuple[tuple[str, Any], ...]
 
 
-def _is_cache(cls: type) -> bool:
+def is_cache(cls: type) -> bool:
+    """Whether a class is a key/value cache of transformers."""
     return any(base.__module__ == _CACHE_MODULE for base in cls.__mro__)
 
 
 def caches(tree: Any) -> list[Any]:
     """The outermost caches in a tree, in order."""
-    leaves = pytree.tree_leaves(tree, is_leaf=lambda value: _is_cache(type(value)))
-    return [leaf for leaf in leaves if _is_cache(type(leaf))]
+    leaves = pytree.tree_leaves(tree, is_leaf=lambda value: is_cache(type(value)))
+    return [leaf for leaf in leaves if is_cache(type(leaf))]
 
 
 def write_back(tree: Any, targets: Mapping[int, Any]) -> Any:
     """The tree with some of its outermost caches, by index, written into other objects that take their places."""
-    leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda value: _is_cache(type(value)))
-    places = [place for place, leaf in enumerate(leaves) if _is_cache(type(leaf))]
+    leaves, spec = pytree.tree_flatten(tree, is_leaf=lambda value: is_cache(type(value)))
+    places = [place for place, leaf in enumerate(leaves) if is_cache(type(leaf))]
     for index, target in targets.items():
         target.__dict__.clear()
         target.__dict__.update(leaves[places[index]].__dict__)
@@ -50,7 +53,7 @@ def write_back(tree: Any, targets: Mapping[int, Any]) -> Any:
 
 
 def _can_hold_tensors(value: object) -> bool:
-    return isinstance(value, (torch.Tensor, *_SYMBOLIC, list, tuple, dict)) or _is_cache(type(value))
+    return isinstance(value, (torch.Tensor, *_SYMBOLIC, list, tuple, dict)) or is_cache(type(value))
 
 
 def _flatten_state(value: object) -> tuple[list[Any], _State]:
@@ -80,14 +83,15 @@ def register_classes(tree: Any) -> None:
             if not isinstance(leaf, (torch.Tensor, *PLAIN, *_SYMBOLIC))
             and type(leaf) not in pytree.SUPPORTED_NODES
             and hasattr(leaf, "__dict__")
-            and (_is_cache(type(leaf)) or dataclasses.is_dataclass(leaf))
+            and (is_cache(type(leaf)) or dataclasses.is_dataclass(leaf))
         }
         if not unknown:
             return
-        for cls in unknown:
-            pytree.register_pytree_node(
-                cls, _flatten_state, _unflatten_state, flatten_with_keys_fn=_flatten_state_with_keys
-            )
+        with _REGISTERING:
+            for cls in unknown - pytree.SUPPORTED_NODES.keys():  # another thread may have met it too
+                pytree.register_pytree_node(
+                    cls, _flatten_state, _unflatten_state, flatten_with_keys_fn=_flatten_state_with_keys
+                )
 
 
 def flatten(tree: Any) -> tuple[list[tuple[tuple[Any, ...], Any]], pytree.TreeSpec]:

@@ -143,6 +143,7 @@ def choose(
     feeds: Mapping[str, Any],
     mode: TuneMode,
     progress: Callable[[str, int, int], None] | None = None,
+    refuse: Callable[[Candidate, Artifact], str] = lambda *_: "",
 ) -> tuple[Candidate, Artifact, Decision]:
     """The fastest candidate, lowered.
 
@@ -150,6 +151,7 @@ def choose(
         competing: See `candidates`; the first that lowers is taken where nothing differs.
         feeds: Inputs by name to measure with.
         progress: As for `measure`.
+        refuse: Says why a lowered candidate is wrong, and so out however fast it is; empty if it is right.
 
     Raises:
         TargetError: None of them can be lowered and run.
@@ -158,14 +160,21 @@ def choose(
     known = _recall(key, [c.label for c in competing])
     if known is not None:
         chosen = next(c for c in competing if c.label == known.chosen)
-        return chosen, chosen.backend.lower(chosen.graph, target, chosen.options), known
+        artifact = chosen.backend.lower(chosen.graph, target, chosen.options)
+        if not refuse(chosen, artifact):
+            return chosen, artifact, known
     artifacts: dict[str, Artifact] = {}
     decision = Decision("", key=key)
     for candidate in competing:
         try:
-            artifacts[candidate.label] = candidate.backend.lower(candidate.graph, target, candidate.options)
+            artifact = candidate.backend.lower(candidate.graph, target, candidate.options)
+            wrong = refuse(candidate, artifact)
         except XformError as error:
-            decision.failed[candidate.label] = error.what
+            wrong = error.what
+        if wrong:
+            decision.failed[candidate.label] = wrong
+        else:
+            artifacts[candidate.label] = artifact
     met = _measure(artifacts, feeds, mode, decision, progress)
     if not decision.milliseconds:
         reason = next(iter(decision.failed.values()), "there are none")
