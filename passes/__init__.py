@@ -41,6 +41,7 @@ from xform.passes.normalize import (
     MigrateScales,
     WidenNormStatistics,
 )
+from xform.passes.precision import ConvertPrecision
 from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps, RaiseBlockLinear
 from xform.rewrite.passes import Pass
 
@@ -81,6 +82,8 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeStatic,
         ScaleChannels,
         ShiftChannels,
+        # precision
+        ConvertPrecision,
         # cleanup
         EliminateIdentities,
         FoldConstants,

@@ -58,6 +58,7 @@ def optimize(
     compile_only: bool = False,
     tune: TuneMode = "off",
     padding: str = "padded",
+    threads: int | None = None,
     limits: Mapping[str, float] | Limits | None = None,
     progress: Progress | bool | None = None,
 ) -> Optimized:
@@ -89,12 +90,14 @@ def optimize(
         portable: Standard ONNX operators only.
         tune: Time lowerings, and other backends that are installed, on this machine, and keep the fastest: "off",
             "quick" or "full". The model as it came is always among them. Decisions are remembered.
-        precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own
-            (backend torch_triton).
+        precision: dtype that floats are computed in: None for the model's own, "float32", "float16", or "bfloat16"
+            (backend torch_triton, and openvino where the processor has it). Inputs and outputs keep their dtype.
         compile: Run the result through torch.compile where that is faster: "off", "inductor" or "max-autotune" (backend
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
+        threads: Threads of one operator; None for one per physical core. Backend torch_triton sets torch's number, which
+            is one for the whole process, while the model runs.
         limits: What the model may ask of this machine, by name, instead of the defaults of `xform.limits.Limits`:
             `{"memory": 2**34, "seconds": 600}`.
         progress: True for a bar, or a function that is called with what is being done, steps done, and steps in all.
@@ -112,7 +115,7 @@ def optimize(
     shown = progress_of(progress)
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
-        parsed_target(target), preset, listed_passes(passes), backend, calibration, tolerance, verify, strict, lowering,
+        parsed_target(target).with_threads(threads), preset, listed_passes(passes), backend, calibration, tolerance, verify, strict, lowering,
         shown, tune, padding, limits,
     )  # fmt: skip
     if isinstance(model, torch.nn.Module | ExportedProgram):

@@ -17,10 +17,12 @@ from xform.limits import Limits, limits_of
 from xform.lowering import LOOSENESS, Lowered, judge_artifact, lower, without_what_does_not_load
 from xform.passes.attention import PackTokens
 from xform.passes.integer import Quantizer
+from xform.passes.precision import ConvertPrecision
 from xform.pipeline.calibration_data import Flatten
 from xform.pipeline.manager import Progress, VerifyMode
 from xform.pipeline.oracle import Oracle
 from xform.pipeline.presets import PRESETS, resolve
+from xform.pipeline.quantization import told
 from xform.pipeline.result import PipelineResult, size_of
 from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.tune import INPUT, MODES, TuneMode
@@ -102,11 +104,9 @@ class Request:
         parsed = Target.parse(target)
         name = preset if passes is None else "custom"
         where = get_backend(backend, parsed, compile_only=lowering.compile_only)
-        if where.name != "torch_triton" and (lowering.precision is not None or lowering.compile != "off"):
-            raise UsageError(
-                f"backend {where.name!r} takes no `precision` and no `compile`",
-                hint="leave them out, or choose backend='torch_triton'",
-            )
+        where.check(parsed, lowering)
+        if lowering.precision in where.graph_precisions:
+            chosen = (*chosen, ConvertPrecision(lowering.precision))
         one = backend is not None
         return Request(
             parsed, name, chosen, where, verify, strict, tolerance, lowering, progress, tune, one, calibration, padding,
@@ -182,7 +182,7 @@ def compile_graph(
     result = plan.run(plan.passes)
     refuse_failed(result.verification, "the optimized graph differs from the original")
     start = time.perf_counter()
-    for remark in plan.remarks:
+    for remark in told(plan.remarks, result.passes):
         result.remarks.add(remark)
     report = Report(source, str(request.target), request.preset, request.backend.name)
     compiled, result = _loaded(plan, lower(plan, result), report)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from xform.backends import Artifact, Backend, LoadOptions, Runner
 from xform.errors import TargetError, XformError
 from xform.pipeline.manager import run_pipeline
+from xform.pipeline.quantization import told
 from xform.pipeline.random_inputs import random_inputs
 from xform.pipeline.result import PipelineResult
 from xform.pipeline.tune import Candidate, candidates, choose, competitors
@@ -58,7 +59,7 @@ def lower(plan: Plan, result: PipelineResult) -> Lowered:
         assert quantization is not None
         form = quantization.form_for(other.name)
         found = plan.run(form.passes)
-        for remark in form.remarks:
+        for remark in told(form.remarks, found.passes):
             found.remarks.add(remark)
         if found.verification.state != "failed":
             results[other.name] = found
@@ -75,12 +76,12 @@ def lower(plan: Plan, result: PipelineResult) -> Lowered:
     )
     artifact.metadata["tuning"] = {"mode": request.tune, **asdict(decision)}
     concept = "attention" if "attention" in chosen.label else "tuning"
-    told = next((found for found in results.values() if found.model is chosen.graph), result)
-    told.remarks.add(Remark("tune", request.tune, "applied", (), decision.describe(), concept))
+    chosen_from = next((found for found in results.values() if found.model is chosen.graph), result)
+    chosen_from.remarks.add(Remark("tune", request.tune, "applied", (), decision.describe(), concept))
     for label, reason in decision.failed.items():
-        told.remarks.add(Remark("tune", label, "missed", (), f"{label} was left out: {reason}", "tuning"))
-    told.verifier, told.verification = result.verifier, result.verification
-    return Lowered(chosen.graph, chosen.backend, artifact, told)
+        chosen_from.remarks.add(Remark("tune", label, "missed", (), f"{label} was left out: {reason}", "tuning"))
+    chosen_from.verifier, chosen_from.verification = result.verifier, result.verification
+    return Lowered(chosen.graph, chosen.backend, artifact, chosen_from)
 
 
 def _why_not(plan: Plan, candidate: Candidate, artifact: Artifact) -> str:
@@ -131,7 +132,7 @@ def without_what_does_not_load(plan: Plan, error: TargetError) -> Lowered:
         except TargetError as again:
             last = again
             continue
-        for remark in plan.remarks:
+        for remark in told(plan.remarks, found.passes, [one.name for one, _ in undone]):
             found.remarks.add(remark)
         for one, reason in undone:
             found.remarks.add(Remark(one.name, "", "rolled_back", error.where, reason))

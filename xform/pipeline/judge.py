@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,19 +66,21 @@ class Judge:
         reference: Outputs,
         found: Outputs,
         fidelity: Fidelity,
-        precision: ir.DataType | None = None,
+        precision: ir.DataType | Mapping[str, ir.DataType] | None = None,
         excusable: bool = True,
     ) -> list[OutputError]:
         """Every output on one input set.
 
         Args:
-            precision: The dtype that the candidate computes floats in, where it is coarser than the model's.
+            precision: The dtype that the candidate computes floats in, or one by output, where it is coarser than the
+                model's.
             excusable: Whether noise is measured where something disagrees.
         """
         errors = []
         for name, expected in reference.items():
             inside = self._computed_in.get(name, ir.DataType.DOUBLE)
-            coarsest = inside if precision is None else coarser(inside, precision)
+            own = precision.get(name) if isinstance(precision, Mapping) else precision
+            coarsest = inside if own is None else coarser(inside, own)
             limit = resolve_tolerance(self._tolerance, name, self._dtypes[name], fidelity, coarsest)
             scope = scope_of(self._tolerance, fidelity)
             gap = difference(found.get(name), expected, limit, scope)

@@ -27,7 +27,7 @@ from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs
 from xform.pipeline.random_inputs import InputCase, candidate_cases, check_named, is_dynamic, required_inputs
 from xform.pipeline.reference import Execute, Reference, run_anywhere
 from xform.pipeline.stress import Stress
-from xform.pipeline.tolerance import UserTolerance, is_float
+from xform.pipeline.tolerance import UserTolerance, computed_in, is_float
 from xform.pipeline.verdict import Coverage, OutputError, State, Verification
 from xform.rewrite.passes import Fidelity
 
@@ -114,7 +114,8 @@ class Verifier:
             results = self.execute(candidate, [case.arrays for case in self.cases_for(fidelity)])
         except CouldNotRunError as error:
             return self._verdict("failed", f"the captured model runs and the rewritten one does not: {error.what}")
-        verdict = self.judge(results, fidelity)
+        narrower = computed_in(candidate) if fidelity != "exact" else None  # what it computes in is part of what it is
+        verdict = self.judge(results, fidelity, narrower)
         return self._in_forced_branches(candidate, fidelity, verdict) if verdict.ok else verdict
 
     def under(self, tolerance: UserTolerance | None) -> Verifier:
@@ -130,12 +131,16 @@ class Verifier:
         return [case for case in self.cases if _serves(case, fidelity)]
 
     def judge(
-        self, results: Sequence[Outputs], fidelity: Fidelity = "exact", computed_in: ir.DataType | None = None
+        self,
+        results: Sequence[Outputs],
+        fidelity: Fidelity = "exact",
+        precision: ir.DataType | Mapping[str, ir.DataType] | None = None,
     ) -> Verification:
         """Compare outputs that a candidate gave, one set per entry of `cases_for(fidelity)`, however it was run.
 
         Args:
-            computed_in: The dtype that the candidate computes floats in, where it is coarser than the model's.
+            precision: The dtype that the candidate computes floats in, or one by output, where it is coarser than the
+                model's.
 
         Raises:
             UsageError: The user's tolerance does not fit.
@@ -143,7 +148,7 @@ class Verifier:
         chosen = [pair for pair in zip(self.cases, self.references, strict=True) if _serves(pair[0], fidelity)]
         errors: list[OutputError] = []
         for (case, reference), found in zip(chosen, results, strict=True):
-            errors += self._judge.errors(case, reference, found, fidelity, computed_in)
+            errors += self._judge.errors(case, reference, found, fidelity, precision)
         if all(error.agrees for error in errors):
             return self._verdict("ok", "", errors)
         if self._is_random():
@@ -282,6 +287,7 @@ class Verifier:
     def _in_forced_branches(self, candidate: ir.Model, fidelity: Fidelity, verdict: Verification) -> Verification:
         """Compare branches that no input reached, their conditions replaced by constants in both graphs."""
         unreached, done = [], 0
+        narrower = computed_in(candidate) if fidelity != "exact" else None
         for branch, pairs in self._to_force.items():
             model = forced(candidate, branch) if pairs else None
             chosen = [pair for pair in pairs if _serves(pair[0], fidelity)]
@@ -293,7 +299,7 @@ class Verifier:
             except CouldNotRunError as error:
                 return self._verdict("failed", f"{in_words(branch)} runs in the captured model only: {error.what}")
             for (case, expected), found in zip(chosen, results, strict=True):
-                errors = self._judge.errors(case, expected, found, fidelity, excusable=False)
+                errors = self._judge.errors(case, expected, found, fidelity, narrower, excusable=False)
                 wrong = next((error for error in errors if not error.agrees), None)
                 if wrong is not None:
                     reason = f"output {wrong.output!r} in {in_words(branch)} on {wrong.inputs}: {wrong.reason}"
