@@ -194,7 +194,8 @@ def compile_graph(
         verification = judge_artifact(compiled.runner, compiled.graph, result.verifier, request)
         seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
         refuse_failed(verification, f"what backend {report.backend!r} runs differs from the original")
-        verification = replace(verification, coverage=result.verification.coverage, notes=result.verification.notes)
+        notes = tuple(dict.fromkeys((*result.verification.notes, *verification.notes)))
+        verification = replace(verification, coverage=result.verification.coverage, notes=notes)
     _fill(report, plan.captured, compiled, result, verification, request)
     report.warnings.extend(filter(None, [plan.warning]))
     report.seconds = seconds
@@ -246,7 +247,7 @@ def _fill(
     report.concepts = count_concepts(compiled.graph)
     report.verification = _verification_report(verification, request)
     told = [f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back]
-    told += verification.notes
+    told = list(dict.fromkeys([*told, *verification.notes]))
     report.warnings.extend([*told, *captured.meta.get("xform.notes", ())])
     if report.artifact.get("tuning", {}).get("chosen") == INPUT:
         report.warnings.append(
@@ -255,7 +256,7 @@ def _fill(
     if verification.state == "unverified":
         told.append(f"the result is not verified: {verification.reason}")
         report.warnings.append(told[-1])
-    for message in dict.fromkeys(told):
+    for message in told:
         tell(message)
 
 

@@ -3,7 +3,7 @@
 Near a cancellation the last bit of an intermediate value can move an output by more than any tolerance, and some
 outputs are discontinuous (ArgMax, TopK, a threshold). To tell that from a wrong rewrite, the captured model is run
 again with every input and weight nudged by a few units of roundoff, seeded. A value beyond its tolerance is excused if
-nudging moves that very value, or one within two values of it, by at least an eighth as much. An output that
+nudging moves that very value, or one within four values of it, by at least an eighth as much. An output that
 nudging moves beyond the tolerance of the whole output is discontinuous; then sizes and numbers of such elements count.
 """
 
@@ -93,5 +93,6 @@ def _nudged(rng: np.random.Generator, value: Any) -> Any:
     if not isinstance(value, np.ndarray) or value.dtype.str[1:] not in _EPSILON:
         return value
     size = _NUDGE * _EPSILON[value.dtype.str[1:]]
-    factor = 1 + size * rng.uniform(-1, 1, value.shape)
-    return np.asarray(value.astype(np.float64) * factor).astype(value.dtype)
+    wide: type[np.floating[Any]] = np.float64 if value.dtype.itemsize == 8 else np.float32
+    factor = 1 + size * (2 * np.asarray(rng.random(value.shape, wide)) - 1)
+    return np.asarray(value.astype(wide) * factor.astype(wide)).astype(value.dtype)
