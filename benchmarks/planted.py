@@ -2,7 +2,7 @@
 
     python benchmarks/planted.py [--json]
 
-Each plant is a graph and a pass that rewrites it wrongly. A plant is detected if, with verification as it is by default,
+Each plant is a graph and a pass that rewrites it wrongly. It is detected if, with verification as it is by default,
 the pass is rolled back or the optimization ends with an error. The last line of `--json` carries `planted`, `detected`,
 the number of `kinds`, and the names of those that got through (`missed`) or found nothing to rewrite (`idle`).
 """
