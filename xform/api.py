@@ -96,7 +96,7 @@ def optimize(
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
-        threads: Threads of one operator; None for one per physical core. Backend torch_triton sets torch's number, which
+        threads: Threads of one operator; None for one per physical core. Backend torch_triton sets torch's, which
             is one for the whole process, while the model runs.
         limits: What the model may ask of this machine, by name, instead of the defaults of `xform.limits.Limits`:
             `{"memory": 2**34, "seconds": 600}`.

@@ -115,7 +115,7 @@ def test_bfloat16_needs_openvino_and_the_processor_to_have_it(monkeypatch, tmp_p
 
 def test_bfloat16_where_the_processor_lacks_it_says_what_is_missing(monkeypatch):
     with_capabilities(monkeypatch, "FP32", "INT8")
-    with pytest.raises(TargetError, match="does not compute in bfloat16.*not BF16") as error:
+    with pytest.raises(TargetError, match=r"does not compute in bfloat16.*not BF16") as error:
         xform.optimize(graph(), backend="openvino", precision="bfloat16")
     assert type(error.value).exit_code == 7 and "AMX" in str(error.value)
 

@@ -51,6 +51,11 @@ class InputCase:
     values: str = ""
     extreme: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether some dynamic dim is 0."""
+        return 0 in self.sizes.values()
+
     def __str__(self) -> str:
         sizes = ", ".join(f"{name.lstrip('?')}={size}" for name, size in self.sizes.items())
         masks = f"masks {', '.join(self.masks)}" if self.masks else ""
