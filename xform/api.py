@@ -115,8 +115,8 @@ def optimize(
     shown = progress_of(progress)
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
-        parsed_target(target).with_threads(threads), preset, listed_passes(passes), backend, calibration, tolerance, verify, strict, lowering,
-        shown, tune, padding, limits,
+        parsed_target(target).with_threads(threads), preset, listed_passes(passes), backend, calibration, tolerance,
+        verify, strict, lowering, shown, tune, padding, limits,
     )  # fmt: skip
     if isinstance(model, torch.nn.Module | ExportedProgram):
         if input_shapes is not None:
