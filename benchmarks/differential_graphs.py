@@ -7,11 +7,12 @@ again later; dims may be dynamic, and the feeds have several sizes of them: the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import differential_attention  # noqa: F401  (the motifs enter themselves into the table)
+import differential_contrib  # noqa: F401
 import differential_elementwise  # noqa: F401
 import differential_images  # noqa: F401
 import differential_layers  # noqa: F401
@@ -24,7 +25,7 @@ from differential_registry import MOTIFS
 from differential_sketch import BOOL, F16, F32, F64, I32, I64, Dim, Sketch, Value, info
 from onnx import helper, numpy_helper
 
-OPSETS = tuple(range(11, 24))
+OPSETS = (*range(11, 24), 23, 23)  # the newest one has operators of its own
 FAMILIES = (
     "tokens",
     "tokens",
@@ -186,11 +187,21 @@ def _model(s: Sketch) -> onnx.ModelProto:
     inputs = [info(value) for value, _ in s.inputs.values()]
     graph = helper.make_graph(s.nodes, "random", inputs, [info(v) for v in s.outputs], tensors)
     imports = [helper.make_opsetid("", s.opset)]
+    if any(node.domain == "com.microsoft" for node in _all_nodes(s.nodes)):
+        imports.append(helper.make_opsetid("com.microsoft", 1))
     if s.functions:
         imports.append(helper.make_opsetid("local.test", 1))
     model = helper.make_model(graph, opset_imports=imports, functions=s.functions)
     model.ir_version = 10 if s.opset >= 21 else 8
     return model
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g.node)
 
 
 def _feeds(s: Sketch, config: str) -> Iterator[Feed]:
@@ -232,11 +243,5 @@ def _styled(rng: np.random.Generator, array: Any, style: str) -> Any:
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
     """Operators of the standard domain in a model, bodies and functions included."""
-    found: Counter[str] = Counter()
-    waiting = [list(model.graph.node), *[list(f.node) for f in model.functions]]
-    while waiting:
-        for node in waiting.pop():
-            if node.domain in ("", "ai.onnx"):
-                found[node.op_type] += 1
-            waiting += [list(a.g.node) for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return found
+    nodes = [node for nodes in (model.graph.node, *[f.node for f in model.functions]) for node in _all_nodes(nodes)]
+    return Counter(node.op_type for node in nodes if node.domain in ("", "ai.onnx"))

@@ -239,6 +239,8 @@ def _compare(
     for i, (want, got) in enumerate(zip(original.outputs, outputs, strict=True)):
         if want is None or got is None:
             continue
+        if lenient and not _finite(case.feeds[i]):
+            continue  # the operator and a guard against NaN treat NaN inputs differently, which is documented
         keep = np.asarray(case.feeds[i][case.tokens]).astype(bool) if case.tokens else None
         compare = partial(differences, want, got, keep=keep, lenient=lenient, loose=not _finite(case.feeds[i]))
         found = compare()
