@@ -123,14 +123,16 @@ def unwritable() -> Iterator[Case]:
 
 
 def outputs() -> Iterator[Case]:
-    """Links where the result goes: what they lead to is not the user's to lose."""
+    """Links and pipes where the result goes. A link that the user names is followed, as `cp` does; others are not."""
 
     def canary(folder: Path) -> list[str]:
-        (folder / "work" / "out.onnx").symlink_to(folder / "outside" / "secret.bin")
+        (folder / "work" / "real.onnx").write_text("old")
+        (folder / "work" / "out.onnx").symlink_to("real.onnx")
         return optimize(saved(folder, simple()))
 
     def report(folder: Path) -> list[str]:
-        (folder / "work" / "r.json").symlink_to(folder / "outside" / "secret.bin")
+        (folder / "work" / "real.json").write_text("old")
+        (folder / "work" / "r.json").symlink_to("real.json")
         return [*optimize(saved(folder, simple())), "--report", "r.json"]
 
     def data(folder: Path) -> list[str]:

@@ -309,6 +309,9 @@ def _check_interface(graph: onnx.GraphProto) -> None:
                 where=value.name,
                 hint="export classifiers with tensors as outputs (skl2onnx: options={'zipmap': False})",
             )
+    for value in (*graph.input, *graph.output):
+        if len(value.type.tensor_type.shape.dim) > MAX_RANK:
+            raise ModelError("an input or output has more axes than any runtime takes", where=value.name)
     for value in graph.input:
         if value.type.WhichOneof("value") is None:
             raise ModelError("an input has no type", where=value.name, hint="export the model again with typed inputs")

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from xform.capture.check_computed import check_computed
+from xform.capture.check_computed import check_computed, check_ranges
 from xform.capture.check_proto import check_proto, check_tensors
 from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
@@ -112,6 +112,7 @@ def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Mode
     _open_negative_dims(model)
     _load_attribute_tensors(model)
     _settle_functions(model)
+    check_ranges(model)
     upgrade(model, max(IR_OPSET, model.meta[SOURCE_OPSET]))
     _inline(model)
     lift_constants(model)
