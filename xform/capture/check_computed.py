@@ -10,11 +10,14 @@ from math import prod
 import onnx_ir as ir
 
 from xform import limits
-from xform.graph.values import display_name, is_constant, shape_of
+from xform.errors import ModelError
+from xform.graph.values import display_name, is_constant, is_op, scalar, shape_of
 
 
 def check_computed(model: ir.Model) -> None:
-    """Refuse a value that depends on constants only and is larger than the model is allowed.
+    """Refuse values that depend on constants only and are larger than the model is allowed, one or all that last.
+
+    A runtime computes such values when it loads the model, and keeps those that anything else reads.
 
     Args:
         model: After shape inference.
@@ -36,6 +39,32 @@ def check_computed(model: ir.Model) -> None:
                 what = f"'{value.name}', computed from constants alone,"
                 where = f"{display_name(node)} ({node.op_type})"
                 limits.check("memory", size, what, where=where, brought=stored)
+    lasting = [value for value in computed if value.is_graph_output() or _read_by_others(value, computed)]
+    total = sum(bytes_of(value) or 0 for value in lasting)
+    limits.check("memory", total, f"{len(lasting)} values computed from constants alone, together,", brought=stored)
+
+
+def check_ranges(model: ir.Model) -> None:
+    """Refuse a Range of constants that is too long, before inference: ONNX's own counts its elements one by one.
+
+    Raises:
+        LimitError: `memory`, with the node.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if not is_op(node, "Range") or len(node.inputs) != 3:
+            continue
+        start, limit, delta = (scalar(value) for value in node.inputs)
+        if start is None or limit is None or not delta:
+            continue
+        length = (limit - start) / delta
+        where = f"{display_name(node)} ({node.op_type})"
+        if length != length:
+            raise ModelError("a Range has bounds that are not numbers", where=where)
+        limits.check("memory", 8 * length, "a Range of constants", where=where, brought=stored_bytes(model))
+
+
+def _read_by_others(value: ir.Value, computed: set[ir.Value]) -> bool:
+    return any(output not in computed for use in value.uses() for output in use.node.outputs)
 
 
 def bytes_of(value: ir.Value) -> int | None:

@@ -70,8 +70,6 @@ def check_proto(proto: onnx.ModelProto) -> list[str]:
     Raises:
         ModelError: Names the node, value or initializer, and what is wrong with it.
     """
-    for tensor, where in tensors(proto):
-        check_tensor(tensor, where)
     opsets = _opsets(proto.opset_import, "the model")
     _check_versions(proto, opsets)
     check_functions(proto, known_operators())
@@ -87,6 +85,16 @@ def check_proto(proto: onnx.ModelProto) -> list[str]:
         _check_nodes(function.node, scope, inner, 0)
         _check_outputs(function.output, scope, f"function {function.name}")
     return context.unsorted
+
+
+def check_tensors(proto: onnx.ModelProto) -> None:
+    """Refuse a tensor, wherever it lies, whose type is unknown or whose data is not as long as its shape says.
+
+    Raises:
+        ModelError: Says where it lies.
+    """
+    for tensor, where in tensors(proto):
+        check_tensor(tensor, where)
 
 
 def _domain(domain: str) -> str:
@@ -301,6 +309,9 @@ def _check_interface(graph: onnx.GraphProto) -> None:
                 where=value.name,
                 hint="export classifiers with tensors as outputs (skl2onnx: options={'zipmap': False})",
             )
+    for value in (*graph.input, *graph.output):
+        if len(value.type.tensor_type.shape.dim) > MAX_RANK:
+            raise ModelError("an input or output has more axes than any runtime takes", where=value.name)
     for value in graph.input:
         if value.type.WhichOneof("value") is None:
             raise ModelError("an input has no type", where=value.name, hint="export the model again with typed inputs")

@@ -16,8 +16,8 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from xform.capture.check_computed import check_computed
-from xform.capture.check_proto import check_proto
+from xform.capture.check_computed import check_computed, check_ranges
+from xform.capture.check_proto import check_proto, check_tensors
 from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
 from xform.capture.external import check_external, check_external_ir, data_files
@@ -112,6 +112,7 @@ def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Mode
     _open_negative_dims(model)
     _load_attribute_tensors(model)
     _settle_functions(model)
+    check_ranges(model)
     upgrade(model, max(IR_OPSET, model.meta[SOURCE_OPSET]))
     _inline(model)
     lift_constants(model)
@@ -165,8 +166,9 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
         folder = path.parent
     else:
         raise ModelError(f"cannot read a model from {type(source).__name__}", hint="give a path, bytes or a ModelProto")
-    unsorted = check_proto(proto)
+    check_tensors(proto)
     check_external(tensors(proto), folder)
+    unsorted = check_proto(proto)
     model = ir.from_proto(densify(proto))
     if folder is not None and path is not None:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
@@ -187,6 +189,7 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
 def _copy_model(source: ir.Model) -> tuple[ir.Model, list[str]]:
     check_external_ir(source)
     proto = skeleton(source)
+    check_tensors(proto)
     unsorted = check_proto(proto)
     model = clone(source)
     model.meta.pop(NOTES, None)

@@ -40,6 +40,8 @@ def parse_file(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise _folder_error(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ModelError("the model path is a pipe or a device, not a file", where=where, hint=_COPY_HINT)
         # What is opened is what is looked at; a pipe would be waited for, and a device never ends.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())

@@ -334,6 +334,8 @@ def _concat_dims(node: ir.Node, data: ShapeData) -> Elements | None:
     if any(s is None or not -len(s) <= axis < len(s) for s in shapes):
         return None
     found = [s for s in shapes if s is not None]
+    if len({len(s) for s in found}) != 1:
+        return None  # invalid; left for the checker
     total: Expr | None = 0
     for shape in found:
         total = None if total is None or shape[axis] is None else dims.add(total, shape[axis] or 0)

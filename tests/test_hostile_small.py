@@ -1,0 +1,59 @@
+"""A few cases of every class of benchmarks/hostile.py, and that the benchmark sees what it looks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import hostile
+from hostile_case import Case, optimize, saved
+from hostile_files import simple
+
+ALL = {case.name: case for case in hostile.cases()}
+# cases that take long by nature (they wait for a limit of time), and those that tune twice
+SLOW = ("bomb/loop", "bomb/input", "bomb/many", "cache/", "inputs/zip-bomb", "name/", "invalid/")
+
+
+def chosen() -> list[Case]:
+    """Two of each class, and one in nine of the models."""
+    by_class: dict[str, list[Case]] = {}
+    for name, case in ALL.items():
+        if not name.startswith(SLOW):
+            by_class.setdefault(name.split("/")[0], []).append(case)
+    some = [case for cases in by_class.values() for case in cases[:: max(len(cases) // 2, 1)][:2]]
+    return [*some, *(ALL[name] for name in ("name/node-escape", "name/error-megabytes", "invalid/graphs/cycle-of-two"))]
+
+
+def test_there_are_at_least_400_cases_of_all_classes() -> None:
+    assert len(ALL) >= 400
+    classes = {name.split("/")[0] for name in ALL}
+    assert {"external", "hidden", "bomb", "invalid", "name", "overwrite", "option", "inputs", "cache"} <= classes
+
+
+def test_some_of_every_class() -> None:
+    found = hostile.summary(hostile.run_all(chosen(), 1))
+    assert not found["failing"], found["failing"]
+
+
+def test_what_the_benchmark_looks_for_is_seen(tmp_path: Path) -> None:
+    """A command that does harm has every fault that it deserves."""
+
+    def harmful(folder: Path) -> list[str]:
+        path = saved(folder, simple())
+        (folder / "outside" / "m.onnx").write_bytes(path.read_bytes())
+        return optimize(folder / "outside" / "m.onnx")
+
+    hostile.prepare()
+    result = hostile.run_case(Case("harmful", harmful, frozenset({3})), tmp_path)
+    assert {"read_outside", "wrong_exit"} <= result.faults.keys()
+    assert hostile.obeyed("\x1b") and hostile.obeyed("\u202e") and not hostile.obeyed("a")
+
+
+@pytest.mark.parametrize("name", ["hidden/function-default-absolute", "hidden/function-default-fifo"])
+def test_a_default_attribute_of_a_function(name: str, tmp_path: Path) -> None:
+    hostile.prepare()
+    result = hostile.run_case(ALL[name], tmp_path)
+    assert not result.faults, result
