@@ -153,6 +153,23 @@ def test_a_negative_seed_ends_with_2(xform: CLI, mlp: Path, command: tuple[str, 
     assert run.code == 2 and "--seed" in run.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("optimize", "mlp.onnx", "-o", "x" * 300 + ".onnx"),
+        ("optimize", "mlp.onnx", "--dynamic", "batch=0:4"),
+        ("optimize", "mlp.onnx", "--tolerance", "nan"),
+        ("optimize", "mlp.onnx", "--max-error", "nan"),
+        ("bench", "mlp.onnx", "--threads", "100000"),
+        ("explain", "mlp.onnx", ""),
+    ],
+)
+def test_values_that_mean_nothing_end_with_2(xform: CLI, mlp: Path, arguments: tuple[str, ...]) -> None:
+    run = xform(*arguments)
+    assert run.code == 2, run.err
+    assert len(run.err) < 1500
+
+
 class TestLimits:
     def test_values_with_units(self) -> None:
         assert parse_limits(["memory=16GiB", "constants=5MB", "nodes=1000", "seconds=2.5"]) == {
