@@ -2,7 +2,7 @@
 
     python benchmarks/differential.py --json --graphs 20000
     python benchmarks/differential.py --only 4711              # one seed again, with what was done
-    python benchmarks/differential.py --only 4711 --write x.onnx
+    python benchmarks/differential.py --only 4711 --minimize small.py
 
 Each seed makes a graph (`differential_graphs.build`): random motifs over more than 90 operators, opsets 11 to 23, three
 float types, dynamic and empty dims, branches and loops, the spelling that each rule looks for and what only looks like
@@ -267,6 +267,30 @@ def again(seed: int, configs: tuple[str, ...], write: Path | None) -> int:
     return int(outcome["verdict"] in BAD)
 
 
+def minimize(seed: int, configs: tuple[str, ...], write: Path) -> None:
+    """Write a program that shows the smallest failure found behind a seed."""
+    from differential_graphs import build
+    from differential_judge import judge, options
+    from differential_minimize import minimized, script
+
+    first = next(results([seed], configs, 1))
+    if first["verdict"] not in BAD or "the process died" in first["reason"]:
+        raise SystemExit(f"seed {seed} is {first['verdict']}: {first['reason']}: there is nothing to make smaller")
+    config, only = plan(seed, configs)
+    warnings.simplefilter("ignore")
+
+    def fails(case: Any) -> bool:
+        outcome = judge(case, lambda phase: None)
+        return outcome.verdict == first["verdict"] and _kind(outcome.reason) == _kind(first["reason"])
+
+    case = minimized(build(seed, config, attempt=first["attempt"], only=only), fails)
+    write.write_text(script(case, options(case)))
+
+
+def _kind(reason: str) -> str:
+    return "".join(c for c in reason.split(" with name")[0].split("output")[-1] if c.isalpha())[:60]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON line on stdout")
@@ -276,10 +300,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", type=int, metavar="SEED", help="one seed, in this process, with its graph")
     parser.add_argument("--write", type=Path, metavar="FILE", help="with --only: write its graph")
+    parser.add_argument("--minimize", type=Path, metavar="FILE", help="with --only: write a small failing program")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="JSON lines: add outcomes, skip seeds it has")
     parser.add_argument("--no-planted", action="store_true", help="leave the planted rules out")
     arguments = parser.parse_args()
     configs = tuple(filter(None, arguments.configs.split(",")))
+    if arguments.only is not None and arguments.minimize is not None:
+        minimize(arguments.only, configs, arguments.minimize)
+        return 0
     if arguments.only is not None:
         return again(arguments.only, configs, arguments.write)
     resume: Path | None = arguments.resume

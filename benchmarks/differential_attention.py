@@ -319,7 +319,7 @@ def attention_by_einsum(s: Sketch, x: Value) -> Value | None:
     return s.op("Einsum", w, v, dims=x.dims, equation=back)
 
 
-@motif(lambda x: x.is_float and x.rank == 4 and x.last >= 2, opset=23, weight=3.0)
+@motif(lambda x: x.is_float and x.rank == 4 and x.last >= 2, opset=23, weight=3.0, dtypes=(F32, F16))
 def attention_operator(s: Sketch, x: Value) -> Value | None:
     """Attention as an operator, with and without scale, mask, cap and causal rule."""
     if x.dtype != s.dtype or not isinstance(x.dims[1], int):

@@ -23,6 +23,7 @@ from onnx import AttributeProto, helper, numpy_helper
 TOLERANCES = {"float64": (1e-10, 1e-15), "float32": (4e-5, 3e-7), "float16": (8e-3, 1.5e-3), "bfloat16": (3e-2, 8e-3)}
 ARBITER = 24.0  # times what nudging does
 NUDGED_RUNS = 6
+_BOUNDED = ("Div", "Reciprocal", "Sigmoid", "Tanh", "Erf", "Softmax", "HardSigmoid")
 
 Outputs = list[Any]
 Feed = Mapping[str, Any]
@@ -55,7 +56,13 @@ class Difference:
 
 
 def differences(
-    want: Outputs, got: Outputs, spread: Sequence[Any] | None = None, keep: Any = None, *, lenient: bool = False
+    want: Outputs,
+    got: Outputs,
+    spread: Sequence[Any] | None = None,
+    keep: Any = None,
+    *,
+    lenient: bool = False,
+    loose: bool = False,
 ) -> list[Difference]:
     """Outputs that differ by more than rounding.
 
@@ -63,6 +70,7 @@ def differences(
         spread: Per output, how far nudging moves each number of the reference.
         keep: A mask over the leading axes of what is compared; None for all.
         lenient: Whether a NaN of the reference may be anything in the result (documented for masked attention).
+        loose: Whether an infinity and a NaN are the same (for infinite inputs: sums of products in another order).
     """
     found = []
     for i, (x, y) in enumerate(zip(want, got, strict=True)):
@@ -74,13 +82,13 @@ def differences(
         if keep is not None and x.shape[: keep.ndim] == keep.shape:
             x, y = x[keep], y[keep]
             moved = None if moved is None else moved[keep]
-        wrong = _numbers(x, y, moved, lenient)
+        wrong = _numbers(x, y, moved, lenient, loose)
         if wrong is not None:
             found.append(Difference(i, *wrong))
     return found
 
 
-def _numbers(x: Any, y: Any, spread: Any, lenient: bool) -> tuple[str, float] | None:
+def _numbers(x: Any, y: Any, spread: Any, lenient: bool, loose: bool) -> tuple[str, float] | None:
     if not x.size:
         return None
     if x.dtype.kind in "biuSUO":
@@ -96,7 +104,9 @@ def _numbers(x: Any, y: Any, spread: Any, lenient: bool) -> tuple[str, float] | 
     if lenient:
         live &= ~np.isnan(a)
     finite = np.isfinite(a)
-    odd = live & ((finite != np.isfinite(b)) | (np.isnan(a) != np.isnan(b)) | (~finite & ~np.isnan(a) & (a != b)))
+    odd = live & (finite != np.isfinite(b))
+    if not loose:
+        odd |= live & ~finite & (np.isnan(a) != np.isnan(b)) | live & np.isinf(a) & (a != b)
     if odd.any():
         return f"{int(odd.sum())} of {x.size} are finite on one side only", np.inf
     live &= finite
@@ -116,14 +126,19 @@ def _numbers(x: Any, y: Any, spread: Any, lenient: bool) -> tuple[str, float] | 
     return text, float((error / allowed)[worst])
 
 
-def spread(model: onnx.ModelProto, feed: Feed, want: Outputs) -> list[Any] | None:
-    """How far nudging moves each number; None where nudged graphs do not run."""
+def spread(model: onnx.ModelProto, feed: Feed, want: Outputs, rounding: str = "") -> list[Any] | None:
+    """How far nudging moves each number; None where nudged graphs do not run.
+
+    Args:
+        rounding: The dtype whose rounding errors to nudge by, where it is not that of each value.
+    """
     moved: list[Any] = [np.zeros(np.asarray(x).shape) for x in want]
     ran = False
     for seed in range(NUDGED_RUNS):
         rng = np.random.default_rng(seed)
         try:
-            outputs = session(nudged(model, rng)).run(None, {k: _nudge(v, rng) for k, v in feed.items()})
+            moved_feed = {k: _nudge(v, rng, rounding) for k, v in feed.items()}
+            outputs = session(nudged(model, rng, rounding)).run(None, moved_feed)
         except Exception:  # the runtime has no kernel for one of the products that nudge; the others may do
             continue
         ran = True
@@ -141,44 +156,76 @@ def spread(model: onnx.ModelProto, feed: Feed, want: Outputs) -> list[Any] | Non
     return moved if ran else None
 
 
-def _nudge(array: Any, rng: np.random.Generator) -> Any:
+def _step(dtype: Any, rounding: str) -> float:
+    return TOLERANCES[rounding or str(np.dtype(dtype))][1]
+
+
+def _nudge(array: Any, rng: np.random.Generator, rounding: str) -> Any:
     array = np.asarray(array)
     if str(array.dtype) not in TOLERANCES:
         return array
-    step = TOLERANCES[str(array.dtype)][1] * rng.uniform(-1, 1, array.shape)
+    step = _step(array.dtype, rounding) * rng.uniform(-1, 1, array.shape)
     with np.errstate(all="ignore"):
         return (array.astype(np.float64) * (1 + step)).astype(array.dtype)
 
 
-def nudged(model: onnx.ModelProto, rng: np.random.Generator) -> onnx.ModelProto:
-    """The model with every weight moved, and each float value multiplied by nearly one."""
+def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "") -> onnx.ModelProto:
+    """The model with every weight moved, and each float value multiplied by nearly one.
+
+    Quotients and bounded functions are moved by a part of their largest value too: runtimes compute these functions,
+    which quotients may be spellings of, to an absolute error.
+    """
     out = onnx.ModelProto()
     out.CopyFrom(model)
     graph = out.graph
     for tensor in graph.initializer:
         array = numpy_helper.to_array(tensor)
         if array.dtype.kind == "f" and array.size:
-            tensor.CopyFrom(numpy_helper.from_array(_nudge(array, rng), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(_nudge(array, rng, rounding), tensor.name))
     types = _float_values(model)
-    taken = {o.name for o in graph.output}
     nodes = list(graph.node)
+    outputs, captured = {o.name for o in graph.output}, _captured(nodes)
     del graph.node[:]
     renamed: dict[str, str] = {}
     for node in nodes:
         node.input[:] = [renamed.get(n, n) for n in node.input]
+        place = len(graph.node)
         graph.node.append(node)
-        if any(a.type == AttributeProto.GRAPH for a in node.attribute):
-            continue
-        for name in node.output:
-            dtype = types.get(name)
-            if dtype is None or name in taken or name in _captured(nodes):
-                continue
-            kind = helper.tensor_dtype_to_np_dtype(dtype)
-            factor = np.asarray(1 + TOLERANCES[str(np.dtype(kind))][1] * rng.uniform(-1, 1)).astype(kind)
-            graph.initializer.append(numpy_helper.from_array(factor, f"nudge:{name}"))
-            graph.node.append(helper.make_node("Mul", [name, f"nudge:{name}"], [f"nudged:{name}"]))
-            renamed[name] = f"nudged:{name}"
+        for name in node.output if all(a.type != AttributeProto.GRAPH for a in node.attribute) else ():
+            if types.get(name) is not None and name not in captured:
+                made = _moved(graph, place, name, types[name], rng, rounding, final=name in outputs)
+                if made != name:
+                    renamed[name] = made
     return out
+
+
+def _moved(
+    graph: Any, place: int, name: str, dtype: int, rng: np.random.Generator, rounding: str, *, final: bool
+) -> str:
+    """Nodes that move a value; its new name, which is the old one for an output of the graph."""
+    node = graph.node[place]
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    step = _step(kind, rounding)
+    source, target = name, f"nudged:{name}"
+    if final:
+        source, target = f"plain:{name}", name
+        node.output[:] = [source if n == name else n for n in node.output]
+
+    def number(label: str, value: float) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value).astype(kind), f"{label}:{name}"))
+        return f"{label}:{name}"
+
+    factor = number("nudge", 1 + step * rng.uniform(-1, 1))
+    if node.op_type not in _BOUNDED:
+        graph.node.append(helper.make_node("Mul", [source, factor], [target]))
+        return target
+    graph.node.append(helper.make_node("Mul", [source, factor], [f"near:{name}"]))
+    shift = number("shift", step / 4 * rng.uniform(-1, 1))
+    if node.op_type == "Div":
+        graph.node.append(helper.make_node("Mul", [node.input[0], shift], [f"part:{name}"]))
+        shift = f"part:{name}"
+    graph.node.append(helper.make_node("Add", [f"near:{name}", shift], [target]))
+    return target
 
 
 def _captured(nodes: Sequence[onnx.NodeProto]) -> set[str]:
@@ -194,7 +241,7 @@ def _captured(nodes: Sequence[onnx.NodeProto]) -> set[str]:
 def _float_values(model: onnx.ModelProto) -> dict[str, int]:
     inferred = onnx.shape_inference.infer_shapes(model)
     found = {}
-    for value in inferred.graph.value_info:
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
         kind = value.type.tensor_type.elem_type
         if kind in (F16, F32, F64):
             found[value.name] = kind

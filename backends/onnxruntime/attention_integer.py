@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from xform.backends.onnxruntime.attention_mask import MAX_SCANNED, make_bias
+from xform.backends.onnxruntime.attention_mask import make_bias
 from xform.backends.onnxruntime.attention_packed import as_tokens
 from xform.backends.onnxruntime.emit import MICROSOFT, Body, Site
 from xform.backends.onnxruntime.projections import IntegerProjection, read_integer_projection
+from xform.graph.masks import MAX_SCANNED
 from xform.graph.values import Array, constant, constant_tensor, is_op, rank_of, same_dim, scalar, shape_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def integer_attention(site: Site, a: Operands) -> tuple[ir.Value, int, int] | No
     bias = None if a.mask is None or causal else make_bias(site, ir.DataType.FLOAT, a.mask, None)
     if bias is not None and bias.empty_rows is not None:
         empty = site.op("Squeeze", bias.empty_rows, site.emitter.ints(1))  # [B, 1, S, 1] to [B, S, 1]
-        result = site.op("Where", empty, site.emitter.constant(0, ir.DataType.FLOAT, "zero"), result)
+        of_empty = site.emitter.constant(np.nan if a.nan_rows else 0, ir.DataType.FLOAT, "of_empty_rows")
+        result = site.op("Where", empty, of_empty, result)
     return result, a.query_heads, width // a.query_heads
 
 

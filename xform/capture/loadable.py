@@ -14,14 +14,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from xform import limits
 from xform.errors import ModelError
-from xform.graph.shape_proto import node_proto, skeleton
+from xform.graph.shape_proto import node_proto, propagated_elements, skeleton
 from xform.graph.values import display_name
 
 _TAG = "xform_node_"
 _TAGGED = re.compile(rf"{_TAG}(\d+)")
 _NEWEST_OPSET = 26  # of the default domain that ONNX Runtime 1.31 knows
 _MAX_IR_VERSION = 10
+_ELEMENT_BYTES = 4096  # what runtimes and rewriters spend on one element of shape data, as a symbol
 _ALONE = 2000  # nodes tried one by one to find the one at fault
 # What the runtime lacks or gets wrong itself, in its words; none of it says that the model is wrong. A node without a
 # name is one of a body that the runtime made for an operator without a kernel. Attributes were checked by onnx.
@@ -43,11 +45,13 @@ def refuse_unloadable(model: ir.Model, foreign: frozenset[str] = frozenset()) ->
 
     Raises:
         ModelError: With the node's name and the runtime's reason.
+        LimitError: `memory`: shape data that doubles itself would fill it while the model is loaded.
     """
     nodes = list(_nodes(model.graph))
     if model.opset_imports.get("", 1) > _NEWEST_OPSET or any(node.domain in foreign for node in nodes):
         return
     proto = skeleton(model, ())
+    _check_shape_data(proto.graph)
     for number, node in enumerate(_proto_nodes(proto.graph)):
         node.name = f"{_TAG}{number}"
     reason = _reason(proto)
@@ -66,6 +70,11 @@ def refuse_unloadable(model: ir.Model, foreign: frozenset[str] = frozenset()) ->
         where=name or (),
         hint="no runtime can compute it as it is; export the model again, or correct the node",
     )
+
+
+def _check_shape_data(graph: onnx.GraphProto) -> None:
+    for name, count in propagated_elements(graph).items():
+        limits.check("memory", count * _ELEMENT_BYTES, f"the shape data '{name}' of {count} elements", where=name)
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:

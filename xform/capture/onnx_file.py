@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from xform.capture.check_computed import check_computed
 from xform.capture.check_proto import check_proto
 from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
@@ -121,8 +122,9 @@ def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Mode
     infer_shapes(model)
     for value, dtype, shape in declared:
         _compare_declared(model, value, dtype, shape)
-    refuse_unloadable(model)
+    check_computed(model)
     check_shapes(model)
+    refuse_unloadable(model)
     return model
 
 

@@ -41,7 +41,8 @@ def quiet() -> Iterator[None]:
         return record.thread != thread
 
     # a filter of a logger does not see what its children log, one of a handler does
-    handlers = list(logging.getLogger("torch").handlers)
+    loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if name.split(".")[0] == "torch"]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}  # or a placeholder
     exporters = [logging.getLogger(name) for name in _EXPORTERS]
     levels = [logger.level for logger in exporters]
     streams = (sys.stdout, sys.stderr)

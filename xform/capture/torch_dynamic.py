@@ -94,7 +94,12 @@ def _candidates(name: str, tensor: torch.Tensor) -> list[int]:
     """
     if tensor.ndim <= 3 or not tensor.is_floating_point():
         return list(range(tensor.ndim))
-    return [0, 2] if tensor.ndim == 4 and name.endswith((".keys", ".values")) else [0]
+    return [0, 2] if tensor.ndim == 4 and _is_cached(name) else [0]
+
+
+def _is_cached(name: str) -> bool:
+    """Whether an input is the keys or values [batch, heads, length, features] of a cache."""
+    return name.endswith((".keys", ".values"))
 
 
 def _widen(inputs: Mapping[str, torch.Tensor], axis: int, names: list[str]) -> dict[str, torch.Tensor]:
@@ -147,6 +152,8 @@ def _examples(inputs: Mapping[str, torch.Tensor], requests: dict[str, dict[int, 
     """
     batched = _widen(inputs, 0, [name for name, axes in requests.items() if 0 in axes])
     lengthened = _widen(batched, 1, [name for name in requests if inputs[name].ndim in (2, 3) and 1 in requests[name]])
+    short = [name for name, axes in requests.items() if 2 in axes and _is_cached(name) and inputs[name].shape[2] == 1]
+    lengthened = _widen(lengthened, 2, short)
     return [(lengthened, requests), (batched, requests), (dict(inputs), requests)]
 
 
@@ -274,8 +281,10 @@ def _multiple(size: sympy.Expr, known: Mapping[sympy.Symbol, DimRequest]) -> Dim
 def _symbol_name(name: str, axis: int, rank: int) -> str:
     if axis == 0:
         return "batch"
-    if axis == 1 and rank in (2, 3):
-        return "sequence"
+    if (axis == 1 and rank in (2, 3)) or (axis == 2 and _is_cached(name) and "cross" in name):
+        return "sequence"  # what a decoder attends to across is what the encoder has read
+    if axis == 2 and _is_cached(name):
+        return "past"
     return re.sub(r"\W", "_", f"{name}_{axis}")
 
 

@@ -34,10 +34,7 @@ _LOCK = threading.RLock()  # of the one capture that may run in a process
 def _forget_lock() -> None:
     """In a forked child: the thread that held the lock is not there to release it."""
     global _LOCK
-    _PLACE = re.compile(r"\btensors_(\d+)\b")  # what torch calls the inputs of a FlatModule
-
-
-_LOCK = threading.RLock()
+    _LOCK = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_forget_lock)
@@ -158,9 +155,13 @@ class CapturedModule:
         """What else than sizes differs from the captured call."""
         example = self._example
         if arguments.order != example.order:
-            return f"it has the arguments {list(arguments.order)}, captured with {list(example.order)}"
+            more = [name for name in arguments.order if name not in example.order]
+            fewer = [name for name in example.order if name not in arguments.order]
+            found = [f"the argument {_some(more)}"] * bool(more) + [f"no argument {_some(fewer)}"] * bool(fewer)
+            return f"it has {' and '.join(found) or 'its arguments in another order'}, other than the captured one"
         if list(arguments.tensors) != list(example.tensors):
-            return f"{list(arguments.tensors)} are tensors, captured with {list(example.tensors)}"
+            differ = sorted(arguments.tensors.keys() ^ example.tensors.keys())
+            return f"{_some(differ)} is a tensor in one of the calls only"
         for name, value in example.constants.items():
             if type(arguments.constants[name]) is not type(value) or arguments.constants[name] != value:
                 return f"{name} is {arguments.constants[name]!r}, captured with {value!r}"
@@ -170,6 +171,10 @@ class CapturedModule:
             if arguments.tensors[name].dtype is not tensor.dtype:
                 return f"{name} is {arguments.tensors[name].dtype}, captured with {tensor.dtype}"
         return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def capture_torch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from xform.cli.common import STANDARD, Session, no_standard
@@ -57,16 +58,17 @@ def _check_suffix(output: Path, backend: str | None, target: str) -> None:
 
 def _read(model: Path, inputs: Path | None, calibration: Path | None, written: list[Path]) -> list[Path]:
     """Every file that the run reads and an output could overwrite."""
+    from xform.cachefile import cache_root
     from xform.graph.atomic import beside
 
     if not any(path.exists() for output in written for path in (output, *beside(output))):
         return []  # nothing is there yet, so nothing can be overwritten, and the model need not be read for this
     from xform.capture.onnx_file import files_of
-    from xform.pipeline.tune import cache_folder
 
     read = [] if model == STANDARD else files_of(model)
     read += [path for path in (inputs, calibration) if path is not None]
-    for folder in (calibration, cache_folder()):
-        if folder is not None and folder.is_dir():
-            read += [path for path in folder.iterdir() if path.is_file()]
+    if calibration is not None and calibration.is_dir():
+        read += [path for path in calibration.iterdir() if path.is_file()]
+    with contextlib.suppress(RuntimeError):  # a user without a home folder has no cache
+        read += [path for path in cache_root().glob("*/*") if path.is_file()]
     return read

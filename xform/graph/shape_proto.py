@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import onnx
@@ -11,6 +12,8 @@ from xform.graph.values import constant_tensor
 
 # Constants with more elements than this cannot be a shape, axes, pads or repeats, so inference never needs their data.
 DATA_LIMIT = 256
+# Elements of shape data that inference may carry from node to node; a Concat of a value with itself doubles them.
+PROPAGATED_LIMIT = 1 << 20
 
 
 def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
@@ -39,6 +42,38 @@ def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
     for node in model.graph:
         graph.node.append(_node(node))
     return proto
+
+
+def propagated_elements(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many elements of shape data inference would carry from node to node, at most: by the value that they are."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+    made: dict[str, int] = {}
+    _propagate(graph, sizes, made)
+    return made
+
+
+def _propagate(graph: onnx.GraphProto, sizes: dict[str, int], made: dict[str, int]) -> None:
+    for node in graph.node:
+        given = [*(sizes.get(name, 0) for name in node.input), 0, 0]
+        if node.op_type in ("Shape", "Size"):
+            size = 8 if node.op_type == "Shape" else 1
+        elif node.op_type == "Gather":
+            size = given[1] if given[0] else 0
+        elif node.op_type == "Concat":
+            size = min(sum(given), 1 << 62)  # doubling makes numbers of any length
+        elif node.op_type in _FOLLOWED:
+            size = max(given, default=0)
+        else:
+            size = 0
+        if size and node.output:
+            sizes[node.output[0]] = made[node.output[0]] = size
+        for attr in node.attribute:
+            for inner in (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs):
+                sizes.update((tensor.name, math.prod(tensor.dims)) for tensor in inner.initializer)
+                _propagate(inner, sizes, made)
+
+
+_FOLLOWED = frozenset({"Slice", "Squeeze", "Unsqueeze", "Cast", "Add", "Sub", "Mul", "Identity", "Reshape"})
 
 
 def _add_inputs(proto: onnx.GraphProto, graph: ir.Graph) -> None:

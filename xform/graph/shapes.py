@@ -19,7 +19,7 @@ import onnx_ir as ir
 from xform.graph import dims
 from xform.graph.dims import Expr
 from xform.graph.shape_data import ShapeData
-from xform.graph.shape_proto import node_proto, skeleton
+from xform.graph.shape_proto import PROPAGATED_LIMIT, node_proto, propagated_elements, skeleton
 from xform.graph.values import ONNX_DOMAINS, attribute, shape_of
 
 Dim = int | ir.SymbolicDim
@@ -73,7 +73,7 @@ def infer_node(node: ir.Node, opset: int) -> None:
 
 
 def _infer_cache(node: ir.Node, data: ShapeData) -> None:
-    """present_key and present_value [B, H, past + S, D] of an Attention over four axes; ONNX's inference omits them."""
+    """present_key and present_value [B, H, past + S, D] of an Attention, which ONNX's inference omits."""
     for new, past, value in zip(node.inputs[1:3], (*node.inputs, *[None] * 6)[4:6], node.outputs[1:3], strict=False):
         before, found = data.dims(past), data.dims(new)
         if (
@@ -137,7 +137,8 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _infer_once(proto: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    follow = sum(propagated_elements(proto.graph).values()) <= PROPAGATED_LIMIT
+    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
 
 
 def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto, changed: set[ir.Value]) -> None:

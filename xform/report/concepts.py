@@ -75,7 +75,7 @@ def count_concepts(model: ir.Model) -> dict[str, int]:
     """Number of nodes of each concept in `model`, subgraphs included; concepts that do not occur are left out.
 
     A SiLU is a `Swish` or the pair `Mul(x, Sigmoid(x))`, since ONNX has the operator only from opset 24 on. "int8"
-    counts products whose operands are integers, as one operator or as a float one between dequantized operands.
+    counts products on integers, as one operator or as a float one whose weight is decoded from 8 bits.
     """
     return dict(Counter(concept for node in model.graph.all_nodes() for concept in concepts_of(node)))
 
@@ -142,8 +142,9 @@ def _gates_itself(node: ir.Node) -> bool:
 
 
 def _is_quantized_product(node: ir.Node) -> bool:
-    """A float product between dequantized operands, which a runtime runs on integers."""
-    if not is_op(node, "MatMul", "Conv", "Gemm") or len(node.inputs) < 2:
+    """Whether the weight of a float product or convolution is decoded from 8 bits."""
+    if not is_op(node, "MatMul", "Gemm", "Conv", "ConvTranspose") or len(node.inputs) < 2 or node.inputs[1] is None:
         return False
-    producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    return all(producer is not None and is_op(producer, "DequantizeLinear") for producer in producers)
+    decode = node.inputs[1].producer()
+    codes = decode.inputs[0] if decode is not None and is_op(decode, "DequantizeLinear") else None
+    return codes is not None and codes.dtype in (ir.DataType.INT8, ir.DataType.UINT8)

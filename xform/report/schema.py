@@ -81,11 +81,21 @@ class VerificationReport:
         mode: "each", "final" or "off".
         passed: The outcome; None if nothing was compared.
         max_abs_error: Largest absolute difference over all outputs and cases.
-        max_rel_error: The same, relative to the largest magnitude of each output.
+        max_rel_error: The same, relative to the values around it (see docs/verification.md).
         tolerance: The relative tolerance that was asked for.
-        cases: Number of input sets (seeds and sizes of dynamic dims).
-        given: How many of these the user gave; the others are random.
-        inputs: "given" where the user gave some, else "random".
+        cases: Number of input sets.
+        inputs: Each of them in words: where it is from, sizes of dynamic dims, styles of masks, special values.
+        given: Number of input sets of the user.
+        derived: Number of input sets made from those: other sizes, other masks.
+        random: Number of input sets drawn.
+        sizes: Numbers that each dynamic dim had, as "batch: 0, 1, 2".
+        masks: Styles of masks.
+        branches: Number of branches that depend on data.
+        reached: How many of them some input set went through.
+        forced: How many of the others were compared with their condition replaced by a constant.
+        unreached: Branches in which nothing was compared, in words.
+        refused: Input sets that the model itself does not take, in words.
+        oracle: What the reference is, in words.
         reason: Why nothing was compared, or what failed.
     """
 
@@ -95,9 +105,19 @@ class VerificationReport:
     max_rel_error: float | None = None
     tolerance: float | None = None
     cases: int = 0
-    inputs: str = "random"
-    reason: str = ""
+    inputs: tuple[str, ...] = ()
     given: int = 0
+    derived: int = 0
+    random: int = 0
+    sizes: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+    branches: int = 0
+    reached: int = 0
+    forced: int = 0
+    unreached: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    oracle: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)

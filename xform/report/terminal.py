@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xform.report.schema import PassReport, Report, Size
+from xform.report.schema import PassReport, Report, Size, VerificationReport
 from xform.rewrite.remarks import Remark
 from xform.text import paragraph, shown
 
@@ -160,10 +160,20 @@ def verification_text(report: Report) -> str:
         return f"no ({outcome.reason})" if outcome.reason else "no (verification was off)"
     error = "" if outcome.max_rel_error is None else f", largest relative error {outcome.max_rel_error:.1e}"
     absolute = "" if outcome.max_abs_error is None else f", absolute {outcome.max_abs_error:.1e}"
-    counts = ((outcome.given, "given"), (outcome.cases - outcome.given, "random"))
-    sets = " and ".join(f"{count} {kind} input set{'s' if count != 1 else ''}" for count, kind in counts if count > 0)
-    on = f" on {sets}" if sets else ""
-    return f"{'yes' if outcome.passed else 'FAILED: ' + outcome.reason}{on}{error}{absolute}"
+    return f"{'yes' if outcome.passed else 'FAILED: ' + outcome.reason}{verified_on(outcome)}{error}{absolute}"
+
+
+def verified_on(outcome: VerificationReport) -> str:
+    """` on 3 given and 4 random inputs (batch: 1, 2; 4 mask styles), 2 of 2 branches`; empty if nothing was."""
+    kinds = [(outcome.given, "given"), (outcome.derived, "derived from them"), (outcome.random, "random")]
+    counts = [f"{number} {kind}" for number, kind in kinds if number]
+    if not counts:
+        return ""
+    detail = [*outcome.sizes, *([f"{len(outcome.masks)} mask styles"] if outcome.masks else [])]
+    among = f" ({'; '.join(detail)})" if detail else ""
+    compared = outcome.reached + outcome.forced
+    went = f", {compared} of {outcome.branches} branches" if outcome.branches else ""
+    return f" on {' and '.join(counts)} input{'s' if outcome.cases != 1 else ''}{among}{went}"
 
 
 def facts_table(rows: Sequence[tuple[str, str]]) -> Table:

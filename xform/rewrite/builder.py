@@ -10,8 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.kernels import computing_type
+from xform.graph.reshape import constant_target
+from xform.graph.rounding import narrowed, rounding_loss
 from xform.graph.shapes import infer_node
-from xform.graph.values import ORIGIN, Array
+from xform.graph.values import ORIGIN, Array, Dim, shape_of
 
 Input = ir.Value | Array | float | int | bool | Sequence[int] | None
 
@@ -26,8 +28,9 @@ class Builder:
 
     Attributes:
         nodes, initializers: What was built, in order.
-        lossy: Attributes that float32, the type of every float attribute, cannot hold as precisely as the operands of
-            their node need it. The rewriter refuses such a replacement.
+        lossy: Numbers that were not kept: attributes that float32, the type of every float attribute, cannot hold as
+            precisely as the operands of their node need it, and folded constants that their dtype cannot hold. The
+            rewriter refuses such a replacement.
 
     Args:
         opsets: Opset imports of the graph; a new domain is added at version 1.
@@ -78,6 +81,28 @@ class Builder:
         self.nodes.append(node)
         return node.outputs
 
+    def reshape(self, x: ir.Value, *sizes: int | slice) -> ir.Value:
+        """A Reshape that also holds where a named dim of `x` is 0 (`xform.graph.reshape`).
+
+        Args:
+            sizes: One entry per new axis: a number, or the axes of `x` whose sizes are multiplied, as a slice.
+        """
+        shape = shape_of(x)
+        assert shape is not None
+        wanted = [size if isinstance(size, int) else _merged_dim(shape[size]) for size in sizes]
+        target = constant_target(wanted, shape)
+        if target is not None:
+            return self.op("Reshape", x, target)
+        parts = [[size] if isinstance(size, int) else self._merged_size(x, size, len(shape)) for size in sizes]
+        result = self.op("Reshape", x, self.op("Concat", *parts, axis=0), allowzero=1)
+        result.shape = ir.Shape(wanted)
+        return result
+
+    def _merged_size(self, x: ir.Value, axes: slice, rank: int) -> ir.Value:
+        start, end, _ = axes.indices(rank)
+        sizes = self.op("Shape", x, start=start, end=end)
+        return sizes if end - start == 1 else self.op("ReduceProd", sizes, keepdims=1)
+
     def constant(self, array: Array | ir.TensorProtocol, name: str = "constant") -> ir.Value:
         """A new initializer. `name` is a base; a suffix is added where it is taken."""
         tensor = ir.tensor(array) if isinstance(array, np.ndarray | np.generic) else array
@@ -99,6 +124,16 @@ class Builder:
         self.lossy.clear()
         self.initializers.clear()
 
+    def folded(self, array: Array, dtype: ir.DataType, name: str, *, summand: bool = False) -> ir.Value:
+        """A new initializer from numbers in float64, rounded once to `dtype`.
+
+        Where that destroys more than it rounds (`xform.graph.rounding`), the rewriter refuses the replacement.
+        """
+        loss = rounding_loss(array, dtype, summand=summand)
+        if loss is not None:
+            self.lossy.append(f"the folded constant {name} {loss}")
+        return self.constant(narrowed(array, dtype), name)
+
     def _input(self, given: Input, like: ir.DataType | None) -> ir.Value | None:
         if given is None or isinstance(given, ir.Value):
             return given
@@ -109,6 +144,11 @@ class Builder:
                 raise TypeError("a bare number needs another input to take its dtype from")
             return self.constant(np.asarray(given, dtype=like.numpy()))
         return self.constant(np.asarray(given, dtype=np.int64))
+
+
+def _merged_dim(dims: Sequence[Dim]) -> Dim:
+    numbers = [dim for dim in dims if isinstance(dim, int)]
+    return math.prod(numbers) if len(numbers) == len(dims) else dims[0] if len(dims) == 1 else None
 
 
 def _survives(number: float, dtype: ir.DataType | None) -> bool:
