@@ -70,9 +70,8 @@ def test_every_option_of_optimize_is_a_parameter_of_the_api() -> None:
     assert {OPTIONS[name] for name in parameters if OPTIONS[name]} <= options
     ours = {"--output", "--report", "--verbose", "--set", "--size", "--require", "--measure", "--quiet", "--json"}
     budgets = {"--max-latency-ratio", "--max-size", "--max-error"}
-    announced = {"--limit", "--threads", "--input-shape"}
-    known = {option for option in OPTIONS.values() if option} | ours | budgets | announced | {"--debug", "--help"}
-    assert options <= known
+    parameters_as_options = {OPTIONS[name] for name in parameters}
+    assert options <= parameters_as_options | ours | budgets | {"--debug", "--help"}
 
 
 def test_quiet_leaves_results_warnings_and_errors(xform: CLI, mlp: Path) -> None:
@@ -193,6 +192,9 @@ class TestLimits:
         np.savez(tmp_path / "x.npz", x=np.zeros((1000, 8), np.float32))
         run = xform("verify", mlp, mlp, "--inputs", "x.npz", "--limit", "memory=1kB")
         assert run.code in (2, 3) and "--limit memory=" in run.err
+        run = xform("optimize", mlp, "--inputs", "x.npz", "--limit", "memory=1kB")
+        assert run.code in (2, 3) and "--limit memory=" in run.err
+        assert xform("optimize", mlp, "--limit", "memory=1GiB", "--threads", "1", "--input-shape", "x:2,8").code == 0
 
 
 class TestInputShapes:

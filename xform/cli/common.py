@@ -117,7 +117,11 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the random inputs."
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, max=1024, help="Threads of one operator; the runtime's default if absent.", rich_help_panel=WHERE
+        "--threads",
+        min=1,
+        max=1024,
+        help="Threads of one operator; the runtime's default if absent.",
+        rich_help_panel=WHERE,
     ),
 ]
 VerifyMode = Annotated[

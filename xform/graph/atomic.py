@@ -92,7 +92,7 @@ def resolve(path: Path) -> Path:
     """The absolute file behind `path` (a link is followed), after checking that a file can be there.
 
     Raises:
-        OutputError: The folder does not exist, the path is a folder, a device or a pipe, or the system refuses the name.
+        OutputError: The folder does not exist, the path is a folder, a device or a pipe, or the system refuses it.
     """
     try:
         return _resolved(path)
