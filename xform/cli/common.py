@@ -117,7 +117,11 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the random inputs."
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="Threads of one operator; the runtime's default if absent.", rich_help_panel=WHERE
+        "--threads",
+        min=1,
+        max=1024,
+        help="Threads of one operator; the runtime's default if absent.",
+        rich_help_panel=WHERE,
     ),
 ]
 VerifyMode = Annotated[
@@ -230,8 +234,8 @@ def parse_dynamic(texts: Sequence[str] | None) -> str | dict[str, tuple[int, int
         return "auto"
     ranges: dict[str, tuple[int, int]] = {}
     for text in texts:
-        match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text.strip())
-        if match is None or int(match[2]) > int(match[3]):
+        match = re.fullmatch(r"([^=]+)=(\d{1,18}):(\d{1,18})", text.strip())
+        if match is None or not 1 <= int(match[2]) <= int(match[3]):
             raise UsageError(
                 f"--dynamic {shown(text)!r} is not a range", hint="write auto, or NAME=MIN:MAX such as batch=1:8"
             )

@@ -68,6 +68,8 @@ def explain(
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)
     name = ALIASES.get(concept, concept) if concept is not None else None
+    if name is not None and not name.strip():
+        raise UsageError("CONCEPT is empty", hint="leave it out to see everything")
     with in_limits(limit):
         feeds = read_inputs(inputs)
         captured = capture_onnx(model_source(model))

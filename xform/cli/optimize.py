@@ -209,11 +209,8 @@ def optimize(
     if model == STANDARD and measured:
         raise UsageError("--measure and --max-latency-ratio take a file, not -", hint="give the model's file")
     check_outputs(session, model, output, report, backend, target, inputs, calibration)
-    given: dict[str, Any] = {
-        "limits": parse_limits(limit),
-        "threads": threads,
-        "input_shapes": parse_input_shapes(input_shape),
-    }
+    limits = parse_limits(limit)
+    shapes = parse_input_shapes(input_shape)
     with in_limits(limit):
         feeds = read_inputs(inputs)
     from xform.api import optimize as run
@@ -224,6 +221,7 @@ def optimize(
             target=target,
             inputs=feeds,
             dynamic=parse_dynamic(dynamic),
+            input_shapes=shapes,
             preset=preset,
             passes=requested_passes(preset, passes, set_) if passes is not None or set_ else None,
             backend=backend,
@@ -238,8 +236,9 @@ def optimize(
             compile_only=compile_only,
             tune=tune_mode(tune),
             padding=padding,
+            threads=threads,
+            limits=limits,
             progress=advance,
-            **{name: value for name, value in given.items() if value is not None},
         )
     try:
         _require(session, result, demands)

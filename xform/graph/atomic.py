@@ -92,8 +92,15 @@ def resolve(path: Path) -> Path:
     """The absolute file behind `path` (a link is followed), after checking that a file can be there.
 
     Raises:
-        OutputError: The folder does not exist, or the path is a folder, a device or a pipe.
+        OutputError: The folder does not exist, the path is a folder, a device or a pipe, or the system refuses it.
     """
+    try:
+        return _resolved(path)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise output_error(error, path) from error
+
+
+def _resolved(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     if path.name in ("", ".", "..") or target.is_dir():
         raise OutputError("the output path is a folder", where=str(path), hint="give a file name in it")
