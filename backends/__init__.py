@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Runner
 from xform.backends.onnxruntime import OnnxRuntimeBackend
 from xform.backends.openvino import OpenVinoBackend
@@ -12,7 +14,17 @@ from xform.target import Target
 BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (OnnxRuntimeBackend, OpenVinoBackend, TorchTritonBackend)}
 DEFAULT: dict[str, str] = {"cpu": "onnxruntime", "cuda": "torch_triton"}
 
-__all__ = ["BACKENDS", "DEFAULT", "Artifact", "Backend", "LoadOptions", "LowerOptions", "Runner", "get_backend"]
+__all__ = [
+    "BACKENDS",
+    "DEFAULT",
+    "Artifact",
+    "Backend",
+    "LoadOptions",
+    "LowerOptions",
+    "Runner",
+    "check_suffix",
+    "get_backend",
+]
 
 
 def get_backend(name: str | None, target: Target, *, compile_only: bool = False) -> Backend:
@@ -37,3 +49,20 @@ def get_backend(name: str | None, target: Target, *, compile_only: bool = False)
     if missing is not None:
         raise TargetError(f"backend {chosen!r} is not available for target {target}: {missing}")
     return backend
+
+
+def check_suffix(path: Path, backend: str) -> None:
+    """Refuse a file name whose suffix says a format that the backend does not write.
+
+    Raises:
+        UsageError: Naming the suffixes that it writes, and a backend that writes this one.
+    """
+    if backend not in BACKENDS or path.suffix in BACKENDS[backend].suffixes:
+        return  # an unknown backend is told when it is looked up
+    others = [name for name, kind in BACKENDS.items() if path.suffix in kind.suffixes]
+    also = f", or choose backend={others[0]!r}, which writes {path.suffix}" if others else ""
+    raise UsageError(
+        f"backend {backend!r} writes no {path.suffix or 'files without a suffix'}",
+        where=str(path),
+        hint=f"end the name in {' or '.join(BACKENDS[backend].suffixes)}{also}",
+    )

@@ -125,10 +125,30 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """One way to run graphs. Implementations hold no state."""
+    """One way to run graphs. Implementations hold no state.
+
+    Attributes:
+        name: What users call it.
+        kinds: Kinds of targets that it serves.
+        suffixes: Of the files that its artifacts can be saved to; each says a format.
+        precisions: Dtypes that it can be asked to compute floats in, where the processor has them.
+        graph_precisions: Those of `precisions` that are written into the graph, by the pass `convert_precision`, before
+            it is lowered.
+    """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
+    suffixes: ClassVar[tuple[str, ...]]
+    precisions: ClassVar[tuple[str, ...]]
+    graph_precisions: ClassVar[tuple[str, ...]]
+
+    def check(self, target: Target, options: LowerOptions) -> None:
+        """Refuse what cannot be lowered so, before any work is done.
+
+        Raises:
+            UsageError: Options that this backend does not have.
+            TargetError: A precision that this machine's processor does not have.
+        """
 
     def available(self, target: Target) -> str | None:
         """None if it can be used here for `target`, else what is missing and how to get it."""
@@ -138,6 +158,27 @@ class Backend(Protocol):
 
     def load(self, artifact: Artifact, options: LoadOptions) -> Runner:
         """Load an artifact of this backend on this machine."""
+
+
+def check_precision(name: str, known: Sequence[str], asked: str | None, elsewhere: str) -> None:
+    """Refuse a precision that a backend does not have, with a UsageError that names those that it has.
+
+    Args:
+        name: The backend.
+        elsewhere: Backends that have other ones, for the hint.
+    """
+    if asked is not None and asked not in known:
+        has = f"precision {', '.join(known)}"
+        raise UsageError(
+            f"backend {name!r} does not compute in precision {asked!r}; it has {has}",
+            hint=f"leave precision out for the model's own, or choose backend {elsewhere}",
+        )
+
+
+def check_compile(name: str, options: LowerOptions) -> None:
+    """Refuse torch.compile, of a backend that is not torch."""
+    if options.compile != "off":
+        raise UsageError(f"backend {name!r} takes no `compile`", hint="leave it out, or choose backend='torch_triton'")
 
 
 def check_names(feeds: Mapping[str, Any], inputs: Sequence[str], required: Sequence[str]) -> None:

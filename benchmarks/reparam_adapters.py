@@ -31,6 +31,7 @@ Inputs = dict[str, torch.Tensor]
 RANK, ALPHA = 4, 12  # a scale of 3 (6 where it is alpha / sqrt(rank)): an adapter that counts
 KINDS = ("lora", "rslora", "dora", "loha", "lokr", "lokr_decomposed", "ia3")
 BASES = ("llama", "vit", "bert", "vit_wide")
+CONV1D_KINDS = ("lora", "rslora", "dora", "ia3")  # those that peft can put on GPT-2's Conv1D
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Case:
 
 def names() -> list[str]:
     """All adapters: `<kind>/<base>` for PEFT, `<name>` for plain modules."""
-    return [f"{kind}/{base}" for kind in KINDS for base in BASES] + list(PLAIN)
+    return [*(f"{k}/{base}" for k in KINDS for base in BASES), *(f"{k}/gpt2" for k in CONV1D_KINDS), *PLAIN]
 
 
 def build(name: str) -> Case:
@@ -186,10 +187,18 @@ def _bert() -> _BaseCase:
     return model, {"input_ids": _ids(), "attention_mask": mask}, targets, feedforward
 
 
+def _gpt2() -> _BaseCase:
+    """Its products are Conv1D: weights stored as [in, out], multiplied by rows between two views."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 16, "vocab_size": 64}
+    config = hf.GPT2Config(**sizes, use_cache=False, bos_token_id=1, eos_token_id=2)
+    return hf.GPT2Model(config), {"input_ids": _ids()}, ["c_attn", "c_proj", "c_fc"], ["c_fc"]
+
+
 _BASES: dict[str, Callable[[], _BaseCase]] = {
     "llama": _llama,
     "vit": _vit,
     "bert": _bert,
+    "gpt2": _gpt2,
     # as wide as ViT-B: weights that general constant folding does not touch
     "vit_wide": lambda: _vit(hidden_size=768, num_hidden_layers=1, num_attention_heads=12, intermediate_size=3072),
 }

@@ -22,6 +22,7 @@ from xform.passes.cleanup import (
     InferShapes,
     PropagateConstants,
     RemoveDeadCode,
+    Settle,
     SimplifyLayout,
 )
 from xform.passes.fuse import (
@@ -40,6 +41,7 @@ from xform.passes.normalize import (
     MigrateScales,
     WidenNormStatistics,
 )
+from xform.passes.precision import ConvertPrecision
 from xform.passes.reparameterize import FoldBatchNorm, MergeAffineMaps, RaiseBlockLinear
 from xform.rewrite.passes import Pass
 
@@ -80,6 +82,8 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeStatic,
         ScaleChannels,
         ShiftChannels,
+        # precision
+        ConvertPrecision,
         # cleanup
         EliminateIdentities,
         FoldConstants,
@@ -92,5 +96,6 @@ PASSES: dict[str, type[Pass]] = {
         DeduplicateInitializers,
         RemoveDeadCode,
         InferShapes,
+        Settle,
     )
 }

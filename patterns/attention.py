@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from xform.graph.values import attribute, display_name, is_constant, is_op, rank_of, scalar, shape_of
+from xform.patterns.attention_fill import settle
 from xform.patterns.attention_logits import FLOATS, Logits, walk_logits
 from xform.patterns.attention_operands import Operand, peel, product_operands, weighted_sums
 from xform.rewrite.rule import Failure
@@ -39,6 +40,7 @@ class Core:
         node: The second product.
         nodes: The nodes between the operands and the output: what the operator replaces.
         precision: dtype of the softmax where it is not that of the operands.
+        guarded: Whether rows of NaN weights are made zeros, as the operator does with rows without a key.
     """
 
     queries: Operand
@@ -49,6 +51,7 @@ class Core:
     node: ir.Node
     nodes: tuple[ir.Node, ...]
     precision: ir.DataType | None
+    guarded: bool
 
     @property
     def scale(self) -> float:
@@ -72,9 +75,9 @@ def recognize(node: ir.Node) -> Core | Failure | None:
 
 def _mixed_heads(node: ir.Node) -> Failure | None:
     """A near miss: constant linear operators between the softmax and the product (talking heads)."""
-    value, other = node.inputs[:2]
-    if is_constant(other):
+    if len(node.inputs) != 2 or is_constant(node.inputs[1]):
         return None
+    value = node.inputs[0]
     mixer: ir.Node | None = None
     for _ in range(LONGEST_MIX):
         below = value.producer() if value is not None else None
@@ -134,7 +137,11 @@ def _core(node: ir.Node, chain: list[ir.Node], values: Operand, out_perm: tuple[
     logits = walk_logits(source)
     if isinstance(logits, Failure):
         return logits
-    if is_constant(logits.product.inputs[1]) and rank_of(logits.product.inputs[1]) == 2:
+    if (
+        len(logits.product.inputs) > 1
+        and is_constant(logits.product.inputs[1])
+        and rank_of(logits.product.inputs[1]) == 2
+    ):
         return None  # a linear layer and a softmax: a gate or a classifier
     pair = product_operands(logits.product, logits.swapped)
     if isinstance(pair, Failure):
@@ -148,9 +155,15 @@ def _core(node: ir.Node, chain: list[ir.Node], values: Operand, out_perm: tuple[
     )
     if failure is not None:
         return failure
+    dtype = queries.value.dtype
+    assert dtype is not None  # one of FLOATS
+    settled = settle(logits, dtype)
+    if isinstance(settled, Failure):
+        return settled
     precision = softmax.outputs[0].dtype
+    guarded = any(is_op(n, "IsNaN") for n in chain)
     return Core(
-        queries, keys, values, logits, out_perm, node, nodes, precision if precision != queries.value.dtype else None
+        queries, keys, values, settled, out_perm, node, nodes, precision if precision != dtype else None, guarded
     )
 
 

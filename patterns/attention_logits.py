@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from xform.graph.values import Dim, attribute, constant, display_name, is_op, rank_of, same_dim, scalar, shape_of
+from xform.graph.values import Dim, attribute, display_name, is_op, rank_of, same_dim, scalar, shape_of
 from xform.rewrite.rule import Failure
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-LOWEST_FILL = -1e4  # a finite fill above this may leave masked keys a visible weight
 LONGEST_CHAIN = 64  # nodes looked at between a softmax and its product
 
 
@@ -149,8 +148,6 @@ def _scaled(node: ir.Node, walk: _Walk, value: ir.Value, factor: float) -> Logit
         return inner
     if not (math.isfinite(factor) and factor > 0):
         return Failure(f"the logits are scaled by {factor} at {display_name(node)}, not by a positive number", (node,))
-    if factor > 1 and any(isinstance(s, Fill) and math.isfinite(s.fill) for s in inner.steps):
-        return Failure(f"{display_name(node)} scales up logits that were filled before", (node,))
     return inner.scaled(node, factor) if inner.widened is None else _late(node)
 
 
@@ -196,11 +193,8 @@ def _where(node: ir.Node, walk: _Walk) -> Logits | Failure:
         return Failure(f"{display_name(node)} broadcasts the logits", (node,))
     if inner.widened is not None:
         return _late(node)
-    if not fill <= LOWEST_FILL:
-        return Failure(f"{display_name(node)} fills with {fill:g}, which leaves masked keys a weight", (node,))
-    if node.outputs[0].dtype == ir.DataType.FLOAT16 and math.isfinite(fill) and not _always_open(condition, keeps):
-        reason = f"float16 logits masked with {fill:g} at {display_name(node)}: a row without keys would change"
-        return Failure(reason, (node,))
+    if not fill < 0:
+        return Failure(f"{display_name(node)} fills with {fill:g}, which closes no keys", (node,))
     return inner.with_step(node, Fill(condition, fill, keeps, inner.view))
 
 
@@ -289,12 +283,6 @@ def _covers(value: ir.Value, *others: ir.Value) -> bool:
             if not (b == 1 or settled or same_dim(a, b)):
                 return False
     return True
-
-
-def _always_open(condition: ir.Value, keeps: bool) -> bool:
-    """Whether every row of a constant condition keeps at least one key."""
-    array = constant(condition, max_elements=1 << 24)
-    return array is not None and array.ndim > 0 and bool((array.astype(bool) == keeps).any(axis=-1).all())
 
 
 _READERS = {

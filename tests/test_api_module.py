@@ -145,7 +145,7 @@ def test_the_module_is_verified_against_itself_and_left_in_training_mode() -> No
     assert not output.requires_grad
     torch.testing.assert_close(output, expected_of(module.eval(), x)["h"], rtol=1e-5, atol=1e-5)
     verification = result.report.verification
-    assert verification.passed is True and verification.inputs == "given" and verification.cases == 2
+    assert verification.passed is True and (verification.given, verification.random) == (1, 0)
     assert result.report.source == "Net" and result.report.concepts["layer_norm"] == 1
 
 
@@ -226,7 +226,7 @@ def test_other_float_dtypes(dtype: torch.dtype) -> None:
 
 def test_what_the_runtime_has_no_kernel_for_is_a_target_error() -> None:
     module = nn.Linear(4, 8).to(torch.bfloat16).eval()
-    with pytest.raises(TargetError, match="cannot run the graph") as error:
+    with pytest.raises(TargetError, match=r"cannot (run the|load the lowered) graph") as error:
         xform.optimize(module, inputs=torch.randn(3, 4, dtype=torch.bfloat16))
     assert error.value.exit_code == 7
 

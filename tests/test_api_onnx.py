@@ -133,7 +133,7 @@ def test_the_report_tells_what_was_done(optimized: OptimizedGraph) -> None:
     assert (report.opset_before, report.opset_after) == (17, 17)
     assert [p.name for p in report.passes] == list(EXACT)
     assert report.concepts["gelu"] == 1 and report.concepts["layer_norm"] == 1
-    assert report.verification.passed is True and report.verification.cases == 2
+    assert report.verification.passed is True and report.verification.random >= 2
     assert report.verification.max_rel_error is not None and report.verification.max_rel_error < 1e-5
     assert report.before is not None and report.after is not None and report.after.nodes < report.before.nodes
     assert {"capture", "passes", "verify", "lower"} <= set(report.seconds)
@@ -144,7 +144,7 @@ def test_explain_speaks_about_a_concept_and_says_when_there_is_nothing(optimized
     assert optimized.explain("gelu").startswith("gelu: 1 in the result")
     assert "raise_gelu" in optimized.explain("gelu")
     assert "raise_gelu" in optimized.explain()
-    assert optimized.explain("attention").startswith("attention: 0 in the result, no remarks")
+    assert optimized.explain("attention").startswith("attention: 0 in the result; no pass touched it")
 
 
 def test_the_graph_is_the_canonical_one(optimized: OptimizedGraph) -> None:
@@ -154,13 +154,13 @@ def test_the_graph_is_the_canonical_one(optimized: OptimizedGraph) -> None:
 
 def test_saving_writes_a_model_that_runs_and_the_report_beside_it(optimized: OptimizedGraph, tmp_path: Path) -> None:
     files = optimized.save(tmp_path / "out.onnx", report=True)
-    assert files == [tmp_path / "out.onnx", tmp_path / "report.json"]
+    assert files == [tmp_path / "out.onnx", tmp_path / "out.report.json"]
     given = feeds()
     output = ort.InferenceSession(str(files[0])).run(None, given)[0]
     np.testing.assert_allclose(output, reference(given), rtol=1e-5, atol=1e-5)
     assert json.loads(files[1].read_text())["backend"] == "onnxruntime"
     onnx.checker.check_model(str(files[0]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.report.json"]
 
 
 def test_portable_and_opset_are_obeyed(tmp_path: Path) -> None:
@@ -173,27 +173,30 @@ def test_portable_and_opset_are_obeyed(tmp_path: Path) -> None:
 
 def test_given_inputs_are_what_is_verified_on() -> None:
     report = xform.optimize(proto(), inputs=feeds()).report
-    assert report.verification.inputs == "given" and report.verification.cases == 1
+    assert report.verification.given == 1 and report.verification.random == 0
     assert xform.optimize(proto(), inputs=[feeds(2), feeds(5)]).report.verification.passed is True
     x, skip = feeds(4).values()
     assert xform.optimize(proto(), inputs=(x, skip)).report.verification.inputs == "given"
 
 
 def test_ranges_of_dynamic_dims_are_verified_at_both_ends() -> None:
-    assert xform.optimize(proto(), dynamic={"batch": (1, 5)}).report.verification.cases == 2
+    found = xform.optimize(proto(), dynamic={"batch": (1, 5)}).report.verification
+    assert found.sizes == ("batch: 1, 5",) and (found.given, found.derived) == (0, 0)
     with pytest.raises(UsageError, match="batches"):
         xform.optimize(proto(), dynamic={"batches": (1, 5)})
     with pytest.raises(UsageError, match="is not a range"):
         xform.optimize(proto(), dynamic={"batch": 5})
 
 
-def test_verification_can_be_off_and_then_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a session was opened")
+def test_verification_can_be_off_and_then_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(ort.InferenceSession):  # type: ignore[misc]
+        def run(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("a session was run")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ort, "InferenceSession", refuse)
+        patched.setattr(ort, "InferenceSession", Loaded)
         result = xform.optimize(proto(), verify="off")
+    result._compiled.close()
     assert result.report.verification.mode == "off" and result.report.verification.passed is None
     given = feeds()
     np.testing.assert_allclose(result(given)["y"], reference(given), rtol=1e-5, atol=1e-5)

@@ -30,7 +30,7 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(_code("README.md"), names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.report.json"]
     assert tuple(names["y"].shape) == (4, 8)  # type: ignore[attr-defined]
 
 
@@ -58,7 +58,7 @@ def test_every_option_of_every_command_is_documented() -> None:
             continue
         for parameter in command.params:
             for option in parameter.opts:
-                common = option in ("--json", "--debug", "--help")
+                common = option in ("--json", "--debug", "--quiet", "--help")
                 if option.startswith("--") and not common and option not in section[1]:
                     missing.append(f"{name} {option}")
     assert missing == []

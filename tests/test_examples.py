@@ -18,8 +18,10 @@ def _run(name: str, folder: Path) -> str:
 def test_own_pass(tmp_path: Path) -> None:
     text = _run("own_pass.py", tmp_path)
     assert "Mul(%x, 0.125)" in text and "Tanh" in text
-    assert "done   multiply_by_root/divide_by_root at scaled, root" in text  # names of the nodes as the model has them
-    assert "undone wrong at y: output 'y'" in text
+    assert (
+        "done        multiply_by_root/divide_by_root at scaled, root" in text
+    )  # names of the nodes as the model has them
+    assert "rolled back wrong at y: output 'y'" in text
 
 
 def test_gate(tmp_path: Path) -> None:

@@ -72,3 +72,16 @@ def test_agrees_with_torch(name: str, float64: ModuleType) -> None:
         expected = module(x).numpy()
     for model in (captured, optimized):
         np.testing.assert_allclose(float64.evaluate(model, feeds)[0], expected, rtol=1e-11, atol=1e-11)
+
+
+def test_what_a_model_computes_in_float32_is_judged_in_float64(float64: ModuleType) -> None:
+    class Narrow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.float() @ x.float().transpose(-1, -2)).to(x.dtype)
+
+    x = torch.from_numpy(np.random.default_rng(7).standard_normal((2, 5, 64)))
+    captured = capture_torch(Narrow(), (x,)).model
+    got = float64.evaluate(captured, {captured.graph.inputs[0].name: x.numpy()})[0]
+    expected = (x @ x.transpose(-1, -2)).numpy()
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)

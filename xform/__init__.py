@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from xform.errors import (
@@ -19,6 +18,7 @@ from xform.errors import (
     XformWarning,
 )
 from xform.target import Target
+from xform.version import __version__
 
 if TYPE_CHECKING:
     from xform.api import load, optimize
@@ -42,13 +42,6 @@ __all__ = [
     "load",
     "optimize",
 ]
-
-DISTRIBUTION = "xform-compiler"  # the name `xform` on PyPI is another project's
-
-try:
-    __version__ = metadata.version(DISTRIBUTION)
-except metadata.PackageNotFoundError:  # a checkout that is run without being installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

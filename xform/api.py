@@ -15,14 +15,18 @@ from torch.export import ExportedProgram
 
 from xform.arguments import check_inputs, check_types, listed_passes, parsed_target, progress_of
 from xform.backends import LowerOptions
+from xform.capture.input_shapes import InputShapes
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request
 from xform.errors import UsageError, XformError
+from xform.limits import Limits, limited
 from xform.optimized import LoadedModel, Optimized, OptimizedGraph, OptimizedModule, call_arguments, load
 from xform.optimized.compiling import compile_and_tell
 from xform.optimized.weights import FileWeights
 from xform.pipeline.blame import blamed
 from xform.pipeline.manager import Progress, VerifyMode
+from xform.pipeline.random_inputs import InputCase, random_inputs
+from xform.pipeline.reference import OriginalModel
 from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.tune import TuneMode
 from xform.rewrite.passes import Pass
@@ -39,6 +43,7 @@ def optimize(
     *,
     inputs: Any = None,
     dynamic: Any = None,
+    input_shapes: InputShapes | None = None,
     preset: str = "exact",
     passes: Sequence[str | Pass] | None = None,
     backend: str | None = None,
@@ -53,6 +58,8 @@ def optimize(
     compile_only: bool = False,
     tune: TuneMode = "off",
     padding: str = "padded",
+    threads: int | None = None,
+    limits: Mapping[str, float] | Limits | None = None,
     progress: Progress | bool | None = None,
 ) -> Optimized:
     """Make a trained model faster without changing what it computes.
@@ -68,6 +75,8 @@ def optimize(
             `inputs`: "auto"), "auto" for batch and sequence dims, or `{"ids": {0: "batch", 1: ("seq", 1, 512)}}`.
             For an ONNX model, whose dims say so themselves: None, "auto", or the range to verify by name,
             `{"batch": (1, 8)}`.
+        input_shapes: For an ONNX model, sizes of dynamic dims that the result is made for: `{"x": (1, 3, 224, 224)}`.
+            A name renames a dim, None or -1 leaves it. Static shapes allow more rewrites.
         preset: Which passes run: "exact", or "int8" for matrix products in int8 and float elsewhere.
         passes: Pass names or Pass objects in order, instead of the preset.
         backend: Instead of the target's default.
@@ -81,12 +90,16 @@ def optimize(
         portable: Standard ONNX operators only.
         tune: Time lowerings, and other backends that are installed, on this machine, and keep the fastest: "off",
             "quick" or "full". The model as it came is always among them. Decisions are remembered.
-        precision: dtype that floats are computed in: "float32", "float16" or "bfloat16"; None for the model's own
-            (backend torch_triton).
+        precision: dtype that floats are computed in: None for the model's own, "float32", "float16", or "bfloat16"
+            (backend torch_triton, and openvino where the processor has it). Inputs and outputs keep their dtype.
         compile: Run the result through torch.compile where that is faster: "off", "inductor" or "max-autotune" (backend
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
+        threads: Threads of one operator; None for one per physical core. Backend torch_triton sets torch's, which
+            is one for the whole process, while the model runs.
+        limits: What the model may ask of this machine, by name, instead of the defaults of `xform.limits.Limits`:
+            `{"memory": 2**34, "seconds": 600}`.
         progress: True for a bar, or a function that is called with what is being done, steps done, and steps in all.
 
     Returns:
@@ -102,24 +115,47 @@ def optimize(
     shown = progress_of(progress)
     lowering = LowerOptions(opset, portable, precision=precision, compile=compile, compile_only=compile_only)
     request = Request.of(
-        parsed_target(target), preset, listed_passes(passes), backend, calibration, tolerance, verify, strict, lowering,
-        shown, tune, padding,
+        parsed_target(target).with_threads(threads), preset, listed_passes(passes), backend, calibration, tolerance,
+        verify, strict, lowering, shown, tune, padding, limits,
     )  # fmt: skip
     if isinstance(model, torch.nn.Module | ExportedProgram):
+        if input_shapes is not None:
+            raise UsageError(
+                "input_shapes is for ONNX models", hint="a module has the shapes of `inputs`; see `dynamic` for others"
+            )
         return _optimize_module(model, request, inputs, dynamic)
     if not isinstance(model, str | os.PathLike | bytes | onnx.ModelProto | ir.Model):
         raise UsageError(
             f"cannot optimize a {type(model).__name__}",
             hint="give a torch module or ExportedProgram, or an ONNX model as path, bytes, ModelProto or onnx_ir.Model",
         )
+    with limited(request.limits):
+        return _optimize_onnx(model, request, inputs, dynamic, input_shapes)
+
+
+def _optimize_onnx(
+    model: str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model,
+    request: Request,
+    inputs: Any,
+    dynamic: Any,
+    input_shapes: InputShapes | None,
+) -> OptimizedGraph:
     start = time.perf_counter()
-    captured = capture_onnx(model, strict=strict)
+    captured = capture_onnx(model, strict=request.strict, input_shapes=input_shapes)
     source = Path(model).name if isinstance(model, str | os.PathLike) else captured.graph.name or type(model).__name__
     weights = FileWeights(captured)
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start
     try:
-        compiled = compile_and_tell(captured, request, [], source=source, inputs=cases, capture_seconds=seconds)
+        compiled = compile_and_tell(
+            captured,
+            request,
+            [],
+            source=source,
+            inputs=cases,
+            oracle=OriginalModel(model),
+            capture_seconds=seconds,
+        )
     except XformError:
         raise
     except Exception as error:
@@ -149,11 +185,9 @@ def onnx_inputs(model: ir.Model, inputs: Any, dynamic: Any) -> Any:
     Raises:
         UsageError: A form or a dim that does not exist.
     """
-    from xform.pipeline.random_inputs import random_inputs
-
     if isinstance(dynamic, Mapping) and inputs is None:
         lows, highs = ({name: _bound(name, r, end) for name, r in dynamic.items()} for end in (0, 1))
-        return [random_inputs(model, sizes=sizes) for sizes in (lows, highs)]
+        return [InputCase(random_inputs(model, sizes=sizes), sizes) for sizes in (lows, highs)]
     if dynamic is not None and dynamic != "auto" and not isinstance(dynamic, Mapping):
         raise UsageError(f"dynamic={dynamic!r} is not known", hint='use None, "auto", or {"batch": (1, 8)}')
     if inputs is None or isinstance(inputs, Mapping):

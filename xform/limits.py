@@ -3,6 +3,9 @@
 Each limit has a name, a default that real models stay far below, and the same meaning everywhere. Whoever is about to
 allocate, expand or wait calls `check`; past the limit it raises `LimitError` (exit code 3), which names the limit and
 how to raise it. In Python `optimize(limits={"memory": 2**34})`; on the command line `--limit memory=16GiB`.
+
+What is dangerous is not size but *amplification*: a model that brings gigabytes of weights may compute with gigabytes.
+So each limit is what a model may ask for that brings nothing, and what a model brings earns more (`EARNED`).
 """
 
 from __future__ import annotations
@@ -22,21 +25,25 @@ class Limits:
     """What a model may ask for.
 
     Attributes:
-        memory: Bytes that one value which the model alone decides about may take: a constant folded, a sparse
-            tensor made dense, an intermediate value of verification.
-        constants: Bytes of all constants together that capture makes from less (folded, expanded, repeated).
-        nodes: Nodes after functions are inlined.
+        memory: Bytes of the intermediate values of one run in verification, and of any one value that is computed from
+            constants; besides 16 bytes for each byte of weights and inputs.
+        constants: Bytes of all constants together that capture makes from less (sparse tensors made dense, constants
+            folded); besides 16 bytes for each byte of the weights.
+        nodes: Nodes after functions are inlined; besides 16 for each node that the file writes down.
         depth: Levels of nested graphs, and of functions that call functions.
-        seconds: Wall time of one run of a model in verification.
+        seconds: Wall time of one run of a model in verification; as much again for each 4 MiB of weights and inputs.
     """
 
-    memory: int = 4 << 30
-    constants: int = 1 << 30
-    nodes: int = 1_000_000
+    memory: int = 512 << 20
+    constants: int = 256 << 20
+    nodes: int = 20_000
     depth: int = 64
-    seconds: float = 300.0
+    seconds: float = 10.0
 
 
+# What each byte (for `nodes`: each node) that a model brings adds to a limit. For `seconds` it is a factor of the limit
+# itself: a model of 4 MiB gets twice the time, so a limit that was raised for a slow machine carries over.
+EARNED: Mapping[str, float] = {"memory": 16, "constants": 16, "nodes": 16, "depth": 0, "seconds": 1 / (4 << 20)}
 UNITS: Mapping[str, str] = {"memory": "bytes", "constants": "bytes", "nodes": "", "depth": "", "seconds": "s"}
 _CURRENT: ContextVar[Limits | None] = ContextVar("xform_limits", default=None)  # None: the defaults
 _DEFAULT = Limits()
@@ -47,22 +54,46 @@ def current() -> Limits:
     return _CURRENT.get() or _DEFAULT
 
 
-def check(name: str, asked: float, what: str, where: str | tuple[str, ...] = ()) -> None:
+def allowed(name: str, brought: float = 0) -> float:
+    """What the limit called `name` allows a model that brings so much.
+
+    Args:
+        brought: Bytes of the weights and inputs that the model brings; for `nodes`, the nodes that it writes down.
+    """
+    base = float(getattr(current(), name))
+    return base * (1 + EARNED[name] * brought) if name == "seconds" else base + EARNED[name] * brought
+
+
+def check(name: str, asked: float, what: str, where: str | tuple[str, ...] = (), brought: float = 0) -> None:
     """Raise LimitError where `asked` is more than the limit called `name` allows.
 
     Args:
         what: What asks for it, the subject of the sentence: "constant 'w' of shape [1, 2]".
         where: Original node names.
+        brought: See `allowed`.
     """
-    allowed = getattr(current(), name)
-    if asked > allowed:
-        unit = f" {UNITS[name]}" if UNITS[name] else ""
-        raise LimitError(
-            name,
-            f"{what} needs {asked:,.0f}{unit}, limit {name!r} is {allowed:,.0f}{unit}",
-            where=where,
-            hint=f"if the model is meant to be so, raise the limit: --limit {name}=N, or limits={{{name!r}: N}}",
-        )
+    if asked > allowed(name, brought):
+        raise exceeded(name, f"{what} needs {_amount(name, asked)}", where, brought)
+
+
+def exceeded(name: str, what: str, where: str | tuple[str, ...] = (), brought: float = 0) -> LimitError:
+    """The error of a model that is past a limit; for where that is seen while it happens.
+
+    Args:
+        what: The first half of the sentence: "the model runs without end".
+    """
+    return LimitError(
+        name,
+        f"{what}, limit {name!r} allows this model {_amount(name, allowed(name, brought))}",
+        where=where,
+        hint=f"if the model is meant to be so, raise the limit: limits={{{name!r}: N}}",
+    )
+
+
+def _amount(name: str, number: float) -> str:
+    """A number with its unit. A hostile file can ask for numbers of thousands of digits."""
+    text = f"{number:,.0f}" if number < 1e18 else "more than 10^18"
+    return f"{text} {UNITS[name]}" if UNITS[name] else text
 
 
 def limits_of(given: Mapping[str, float] | Limits | None) -> Limits:

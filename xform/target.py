@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xform.errors import UsageError
 
@@ -22,6 +22,16 @@ class Target:
     kind: str = "cpu"
     arch: str | None = None
     threads: int | None = None
+
+    def with_threads(self, threads: int | None) -> Target:
+        """The target with a number of threads; None leaves it as it is. Raises UsageError on what is not a number."""
+        if threads is None:
+            return self
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise UsageError(f"threads must be a whole number from 1 on, not {threads!r}")
+        if self.threads is not None and self.threads != threads:
+            raise UsageError(f"threads={threads} was given, and a target with {self.threads} threads")
+        return replace(self, threads=threads)
 
     @staticmethod
     def parse(text: str | Target) -> Target:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from xform.backends.base import Artifact, LoadOptions, LowerOptions
+from xform.backends.base import Artifact, LoadOptions, LowerOptions, check_compile, check_precision
 from xform.backends.onnxruntime import available as _available
 from xform.backends.onnxruntime import lower as _lower
 from xform.errors import UsageError
@@ -50,6 +50,14 @@ class OnnxRuntimeBackend:
 
     name: ClassVar[str] = "onnxruntime"
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16")
+    graph_precisions: ClassVar[tuple[str, ...]] = ("float16",)
+
+    def check(self, target: Target, options: LowerOptions) -> None:
+        """See `xform.backends.base.Backend.check`."""
+        check_precision(self.name, self.precisions, options.precision, "'openvino' or 'torch_triton' for bfloat16")
+        check_compile(self.name, options)
 
     def available(self, target: Target) -> str | None:
         """See `xform.backends.base.Backend.available`."""
@@ -71,6 +79,7 @@ class OnnxRuntimeBackend:
             "lowered": forms,
             "operators": dict(sorted(operators.items())),
             "session": session,
+            "precision": options.precision,
             "placement": {_available.PROVIDERS[0]: operators.total()},  # one provider, so every node runs there
         }
         return OnnxArtifact(self.name, target, metadata, model=model)

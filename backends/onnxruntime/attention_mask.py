@@ -7,19 +7,15 @@ the flags of such rows are made once for each mask, however many layers read it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from xform.backends.onnxruntime.emit import Site
+from xform.graph.masks import MAX_SCANNED, MOVES, never_minus_infinity
 from xform.graph.values import constant, constant_tensor, is_op, shape_of
-
-MAX_SCANNED = 1 << 22  # elements of a constant mask that are looked at
-_FAR_FROM_LOWEST = 1e30  # half of the distance between the two lowest float32 is 1e31
-# operators that only move elements
-_MOVES = ("Expand", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Slice", "Gather", "Transpose", "Tile", "Identity")
 
 
 @dataclass(frozen=True)
@@ -56,16 +52,24 @@ class Lengths:
         return tuple(_length_key(value) for value in (self.query, self.keys, self.past))
 
 
-def make_bias(site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Lengths | None) -> Bias | None:
-    """The bias of `mask` and the causal rule together, or None when there is neither."""
+def make_bias(
+    site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Lengths | None, *, finds_empty: bool = True
+) -> Bias | None:
+    """The bias of `mask` and the causal rule together, or None when there is neither.
+
+    Args:
+        finds_empty: Whether rows without a key are looked for; a plain softmax makes NaN of them.
+    """
     if mask is None and causal is None:
         return None
-    key = ("bias", mask, dtype, None if causal is None else causal.key())
-    bias: Bias = site.emitter.shared(site.graph, key, lambda: _make_bias(site, dtype, mask, causal))
+    key = ("bias", mask, dtype, None if causal is None else causal.key(), finds_empty)
+    bias: Bias = site.emitter.shared(site.graph, key, lambda: _make_bias(site, dtype, mask, causal, finds_empty))
     return bias
 
 
-def _make_bias(site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Lengths | None) -> Bias:
+def _make_bias(
+    site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Lengths | None, finds_empty: bool
+) -> Bias:
     causal_bias = None if causal is None else _causal_bias(site, dtype, causal)
     if mask is None:
         assert causal_bias is not None
@@ -74,15 +78,37 @@ def _make_bias(site: Site, dtype: ir.DataType, mask: ir.Value | None, causal: Le
     if mask.dtype is ir.DataType.BOOL:
         mask_bias = _bias_where(site, mask, dtype)
     total = mask_bias if causal_bias is None else site.op("Add", mask_bias, causal_bias)
-    if mask.dtype is not ir.DataType.BOOL and never_minus_infinity(mask):
+    if not finds_empty or (mask.dtype is not ir.DataType.BOOL and never_minus_infinity(mask)):
         return Bias(total, None)
-    axes = site.emitter.ints(-1)
+    shape = shape_of(mask)
+    assert shape is not None
     if mask.dtype is ir.DataType.BOOL and causal_bias is None:
         # a row is empty where no entry of the mask is true; on the flags this is cheaper than on the floats
-        highest = site.op("ReduceMax", site.op("Cast", mask, to=ir.DataType.INT32), axes, keepdims=1)
-        return Bias(total, site.op("Equal", highest, site.emitter.constant(0, ir.DataType.INT32, "zero")))
-    highest = site.op("ReduceMax", total, axes, keepdims=1)
-    return Bias(total, site.op("Equal", highest, site.emitter.constant(-np.inf, dtype, "minus_inf")))
+        zero = site.emitter.constant(0, ir.DataType.INT32, "zero")
+        highest = _largest_of_rows(site, site.op("Cast", mask, to=ir.DataType.INT32), shape, zero)
+        return Bias(total, site.op("Equal", highest, zero))
+    lowest = site.emitter.constant(-np.inf, dtype, "minus_inf")
+    if causal is not None:  # whose frontier is as long as queries and keys are
+        shape = (*shape[:-2], *((shape_of(value) or [None] * 4)[2] for value in (causal.query, causal.total)))
+    highest = _largest_of_rows(site, total, shape, lowest)
+    return Bias(total, site.op("Equal", highest, lowest))
+
+
+def _largest_of_rows(site: Site, value: ir.Value, shape: Sequence[object], least: ir.Value) -> ir.Value:
+    """The largest of each row of `value`, of `shape`, [.., 1]; `least` where a row has no keys.
+
+    ONNX Runtime (1.31) gives what it reduces the shape of its input where that is empty: [0, 1, 1, T] instead of
+    [0, 1, 1, 1]. So no row may be empty, and of no rows the last axis is cut.
+    """
+    ints = site.emitter.ints
+
+    def may_be_empty(*dims: object) -> bool:
+        return not all(isinstance(dim, int) and dim for dim in dims)
+
+    if may_be_empty(shape[-1]):
+        value = site.op("Pad", value, ints(*[0] * (2 * len(shape) - 1), 1), least)
+    largest: ir.Value = site.op("ReduceMax", value, ints(-1), keepdims=1)
+    return site.op("Slice", largest, ints(0), ints(1), ints(-1)) if may_be_empty(*shape[:-1]) else largest
 
 
 def _bias_where(site: Site, allowed: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -129,50 +155,6 @@ def is_neutral(mask: ir.Value, depth: int = 16) -> bool:
         data = constant(mask, max_elements=MAX_SCANNED)
         return data is not None and bool(np.all(data) if data.dtype.kind == "b" else not np.any(data))
     node = mask.producer()
-    if node is None or depth == 0 or not is_op(node, *_MOVES) or node.inputs[0] is None:
+    if node is None or depth == 0 or not is_op(node, *MOVES) or node.inputs[0] is None:
         return False
     return is_neutral(node.inputs[0], depth - 1)
-
-
-def never_minus_infinity(mask: ir.Value, depth: int = 16) -> bool:
-    """Whether a float mask provably holds no -inf.
-
-    Follows the spellings that exporters write, through any operators that only move elements: `Where(allowed, 0,
-    lowest)`; `(1 - mask) * lowest` with a mask cast from integers or booleans; and a sum of such a mask and a constant
-    bias, as in shifted windows.
-    """
-    if depth == 0:
-        return False
-    tensor = constant_tensor(mask)
-    if tensor is not None:
-        data = constant(mask, max_elements=MAX_SCANNED)
-        return data is not None and not bool(np.isneginf(data.astype(np.float32)).any())
-    node = mask.producer()
-    if node is None:
-        return False
-    if is_op(node, "Where"):
-        return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs[1:3])
-    if is_op(node, "Cast", "CastLike") and _is_integral(node.inputs[0]):
-        return True
-    if is_op(node, "Cast", *_MOVES):
-        return node.inputs[0] is not None and never_minus_infinity(node.inputs[0], depth - 1)
-    if is_op(node, "Mul", "Sub", "Concat", "Max", "Min"):
-        return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs)
-    if is_op(node, "Add") and any(_is_far_from_lowest(value, depth - 1) for value in node.inputs):
-        return all(value is not None and never_minus_infinity(value, depth - 1) for value in node.inputs)
-    return False
-
-
-def _is_far_from_lowest(value: ir.Value | None, depth: int) -> bool:
-    """Whether a constant, under moves, is so small that even the lowest float plus it is rounded to a finite one."""
-    while depth > 0 and value is not None and constant_tensor(value) is None:
-        node = value.producer()
-        value, depth = (node.inputs[0] if node is not None and is_op(node, *_MOVES) else None), depth - 1
-    data = constant(value, max_elements=MAX_SCANNED)
-    return data is not None and data.dtype == np.float32 and bool((np.abs(data) < _FAR_FROM_LOWEST).all())
-
-
-def _is_integral(value: ir.Value | None) -> bool:
-    return (
-        value is not None and value.dtype is not None and (value.dtype.is_integer() or value.dtype is ir.DataType.BOOL)
-    )

@@ -48,7 +48,8 @@ def packed_attention(site: Site, a: Operands) -> tuple[ir.Value, int, int] | Non
     if a.mask is not None:
         if rank_of(a.mask) != 4:
             return None
-        bias = make_bias(site, ir.DataType.FLOAT, a.mask, Lengths(a.query, a.key, None, a.key) if a.causal else None)
+        causal = Lengths(a.query, a.key, None, a.key) if a.causal else None
+        bias = make_bias(site, ir.DataType.FLOAT, a.mask, causal, finds_empty=not a.nan_rows)
         if bias is not None and bias.empty_rows is not None and shape_of(a.mask)[1] != 1:  # type: ignore[index]
             return None  # a row that is empty for some heads cannot be zeroed once the heads are side by side
     tokens = as_tokens(site, query.source, a.query)

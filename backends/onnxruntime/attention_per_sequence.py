@@ -206,7 +206,7 @@ def _sequences(site: Site, valid: ir.Value, rows: ir.Value, places: ir.Value) ->
 
 def _attend(site: Site, a: Operands, parts: list[_Tokens], sequences: _Sequences) -> ir.Value:
     """[T, H * D]."""
-    bias, shape = make_bias(site, ir.DataType.FLOAT, a.mask, None), shape_of(a.mask)
+    bias, shape = make_bias(site, ir.DataType.FLOAT, a.mask, None, finds_empty=not a.nan_rows), shape_of(a.mask)
     assert bias is not None and shape is not None
     added = _by_sequence(site, bias.value, shape, sequences)
     empty = None if bias.empty_rows is None else _empty_rows(site, added, sequences)
@@ -230,7 +230,10 @@ def _attend(site: Site, a: Operands, parts: list[_Tokens], sequences: _Sequences
         merged = body.op("Transpose", result, perm=[1, 0, 2])
         return body.op("SequenceInsert", results, body.op("Reshape", merged, site.emitter.ints(-1, parts[2].width)))
 
-    results = site.loop(sequences.count, _no_tensors(site, ir.DataType.FLOAT), step)
+    nothing = site.emitter.constant(np.zeros((0, parts[2].width)), ir.DataType.FLOAT, "no_rows")
+    start: ir.Value = site.op("SequenceConstruct", nothing)  # an empty batch has no sequences, and rows all the same
+    start.type = ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+    results = site.loop(sequences.count, start, step)
     joined: ir.Value = site.op("ConcatFromSequence", results, axis=0)
     joined.type = ir.TensorType(ir.DataType.FLOAT)
     return joined

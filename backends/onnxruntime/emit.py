@@ -121,6 +121,25 @@ class Site:
         value.type = start.type
         return value
 
+    def branch(
+        self, condition: ir.Value, then: Callable[[Body], ir.Value], otherwise: Callable[[Body], ir.Value]
+    ) -> ir.Value:
+        """`then` where the bool scalar `condition` is true, else `otherwise`, as an If: only one of them is run.
+
+        Args:
+            then, otherwise: Emit into a body, which may read what precedes the anchor; both give the same type.
+        """
+        opsets = self.emitter.model.opset_imports
+        graphs = []
+        for hint, emit in (("then", then), ("else", otherwise)):
+            body = Body(self)
+            result = emit(body)
+            name = self.emitter.unique(f"{self._base}/If_{hint}")
+            graphs.append(ir.Graph([], [result], nodes=body.nodes, opset_imports=opsets, name=name))
+        value: ir.Value = self.op("If", condition, then_branch=graphs[0], else_branch=graphs[1])
+        value.type, value.shape = graphs[0].outputs[0].type, graphs[0].outputs[0].shape
+        return value
+
     def make(
         self, op_type: str, inputs: Sequence[ir.Value | None], domain: str, outputs: int, attributes: Mapping[str, Any]
     ) -> ir.Node:
@@ -182,9 +201,9 @@ class Body:
         self.site = site
         self.nodes: list[ir.Node] = []
 
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Append a standard node with one output."""
-        node = self.site.make(op_type, inputs, "", 1, attributes)
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Append a node with one output."""
+        node = self.site.make(op_type, inputs, domain, 1, attributes)
         self.nodes.append(node)
         return node.outputs[0]
 

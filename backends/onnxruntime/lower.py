@@ -25,6 +25,7 @@ from xform.errors import TargetError, UsageError
 from xform.graph.clone import clone, source_opset
 from xform.graph.downgrade import downgrade, lowest_opset
 from xform.graph.values import ONNX_DOMAINS, display_name, is_op
+from xform.version import __version__
 
 _MAX_NAMED = 8
 _IR_VERSION = 10  # the newest that every ONNX Runtime since 1.20 reads; a newer stamp would change nothing else
@@ -47,6 +48,7 @@ def lower(graph: ir.Model, options: LowerOptions) -> tuple[ir.Model, dict[str, i
     current = model.opset_imports.get("", 0)
     if options.opset is not None and not 7 <= options.opset <= max(current, 23):
         raise UsageError(f"cannot write opset {options.opset}", hint=f"use 7 to {max(current, 23)}")
+    model.producer_name, model.producer_version = "xform", __version__
     if options.verbatim:
         _write_at_opset(model, options)
         model.ir_version = min(model.ir_version, _IR_VERSION)
@@ -60,7 +62,6 @@ def lower(graph: ir.Model, options: LowerOptions) -> tuple[ir.Model, dict[str, i
         common_passes.RemoveUnusedNodesPass()(model)  # constants of moves that are no more
     _write_at_opset(model, options)
     model.ir_version = min(model.ir_version, _IR_VERSION)
-    model.producer_name = "xform"
     return model, dict(sorted(emitter.lowered.items()))
 
 

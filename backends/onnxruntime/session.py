@@ -48,7 +48,7 @@ class SessionSettings:
         options.enable_cpu_mem_arena = self.cpu_arena
         options.enable_mem_pattern = self.memory_pattern
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spinning)))
-        options.log_severity_level = 3  # errors; they are raised as well
+        options.log_severity_level = 4  # errors are raised as well; a log line would show a name unescaped
         return options
 
 

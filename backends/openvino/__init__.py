@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from xform.backends.base import Artifact, LoadOptions, LowerOptions
+from xform.backends.base import Artifact, LoadOptions, LowerOptions, check_compile, check_precision
 from xform.backends.onnxruntime import SESSION
 from xform.backends.onnxruntime import lower as _lower
 from xform.backends.openvino import available as _available
@@ -42,10 +42,12 @@ class OpenVinoArtifact(Artifact):
     Attributes:
         model: The graph; its weights are shared with the graph that it was lowered from.
         group: Channels that share a scale in products whose inputs are rounded at run time; 0 for none.
+        precision: dtype that floats are computed in, "float32" or "bfloat16".
     """
 
     model: ir.Model = field(kw_only=True)
     group: int = field(default=0, kw_only=True)
+    precision: str = field(default="float32", kw_only=True)
 
     def save(self, path: Path) -> list[Path]:
         """`.xml` with a `.bin` beside it, or for any other suffix the ONNX file; both are written atomically."""
@@ -53,7 +55,7 @@ class OpenVinoArtifact(Artifact):
             return write.save(self.model, path)
         from xform.backends.openvino.compile import save_xml
 
-        return save_xml(self.model, path, self.group)
+        return save_xml(self.model, path, self.group, self.precision)
 
 
 class OpenVinoBackend:
@@ -61,6 +63,23 @@ class OpenVinoBackend:
 
     name: ClassVar[str] = "openvino"
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx", ".xml")
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
+    graph_precisions: ClassVar[tuple[str, ...]] = ("float16",)
+
+    def check(self, target: Target, options: LowerOptions) -> None:
+        """See `xform.backends.base.Backend.check`."""
+        check_precision(self.name, self.precisions, options.precision, "'torch_triton'")
+        check_compile(self.name, options)
+        missing = (
+            _available.missing_bfloat16() if options.precision == "bfloat16" and not options.compile_only else None
+        )
+        if missing is not None:
+            raise TargetError(
+                f"this machine does not compute in bfloat16: {missing}",
+                hint="leave precision out, or run on a processor with AMX or AVX-512 BF16 (Sapphire Rapids, "
+                "Zen 4 and newer), or give compile_only to write the model for one",
+            )
 
     def available(self, target: Target) -> str | None:
         """See `xform.backends.base.Backend.available`."""
@@ -79,7 +98,8 @@ class OpenVinoBackend:
         graph = clone(graph)
         group, choices = take_groups(graph)
         model, forms = _lower.lower(graph, replace(options, opset=opset, portable=True))
-        session = settings_for(target.threads or physical_cores(), group)
+        precision = "bfloat16" if options.precision == "bfloat16" else "float32"
+        session = settings_for(target.threads or physical_cores(), group, precision)
         model.metadata_props[SESSION] = json.dumps(session)
         operators = Counter(node.op_type for node in model.graph.all_nodes())
         metadata = {
@@ -91,8 +111,11 @@ class OpenVinoBackend:
             "operators": dict(sorted(operators.items())),
             "placement": {"OpenVINO CPU": operators.total()},
             "session": session,
+            "precision": options.precision,
         }
-        return OpenVinoArtifact(self.name, target, metadata, choices=choices, model=model, group=group)
+        return OpenVinoArtifact(
+            self.name, target, metadata, choices=choices, model=model, group=group, precision=precision
+        )
 
     def load(self, artifact: Artifact, options: LoadOptions) -> OpenVinoRunner:
         """Compile it; the settings are added to the artifact's metadata."""
@@ -103,7 +126,8 @@ class OpenVinoBackend:
 
         if not isinstance(artifact, OpenVinoArtifact):
             raise UsageError(f"an artifact of backend {artifact.backend!r} cannot be loaded by {self.name!r}")
-        settings = settings_for(options.threads or artifact.target.threads or physical_cores(), artifact.group)
+        threads = options.threads or artifact.target.threads or physical_cores()
+        settings = settings_for(threads, artifact.group, artifact.precision)
         artifact.metadata["session"] = settings
         return OpenVinoRunner(compile_model(artifact.model, settings), artifact.model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from xform.target import Target
 
@@ -19,3 +20,20 @@ def missing(target: Target) -> str | None:
     if "CPU" not in devices:
         return f"this build of openvino has no CPU device, only {', '.join(devices) or 'none'}\n  what to do: {INSTALL}"
     return None
+
+
+_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")  # as /proc/cpuinfo calls them; the last one on Arm
+
+
+def missing_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """None if the processor multiplies bfloat16, else what it lacks; OpenVINO would emulate it, slower than float32."""
+    import openvino
+
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in capabilities:
+        return f"OpenVINO finds {', '.join(sorted(capabilities))} here, not BF16"
+    try:
+        words = set(cpuinfo.read_text().split())
+    except OSError:
+        return None  # no such list on this system: OpenVINO's word counts
+    return None if words.intersection(_BFLOAT16) else f"the processor has none of {', '.join(_BFLOAT16)}"

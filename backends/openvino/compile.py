@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from xform.backends.openvino.runner import OpenVinoRunner
 
 
-def settings_for(threads: int, group: int = 0) -> dict[str, Any]:
+PRECISION_SETTING = "INFERENCE_PRECISION_HINT"
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def settings_for(threads: int, group: int = 0, precision: str = "float32") -> dict[str, Any]:
     """What a model is compiled with: one request at a time on all cores, in float32 where the graph says float32.
 
     OpenVINO computes in bfloat16 by default where the processor has it; that is no exact rewrite. By default it also
@@ -28,11 +32,12 @@ def settings_for(threads: int, group: int = 0) -> dict[str, Any]:
 
     Args:
         group: Of channels, for products whose inputs are rounded to int8 at run time; 0 where they stay in float.
+        precision: dtype of float computations, "float32" or "bfloat16"; values between operators keep their own.
     """
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        PRECISION_SETTING: _PRECISIONS[precision],
         SETTING: group,
     }
 
@@ -69,12 +74,16 @@ def compile_model(model: ir.Model, settings: dict[str, Any]) -> Any:
             ) from error
 
 
-def save_xml(model: ir.Model, path: Path, group: int = 0) -> list[Path]:
-    """Write `.xml` and `.bin`, weights in the dtype that they have; `group` (see `settings_for`) is in the file."""
+def save_xml(model: ir.Model, path: Path, group: int = 0, precision: str = "float32") -> list[Path]:
+    """Write `.xml` and `.bin`, weights in the dtype that they have; `group` and `precision` are in the file.
+
+    See `settings_for`.
+    """
     with tempfile.TemporaryDirectory(prefix="xform-openvino-") as folder:
         made = Path(folder, path.name)
         read = read_model(model, Path(folder))
         read.set_rt_info(str(group), ["runtime_options", SETTING])
+        read.set_rt_info(_PRECISIONS[precision], ["runtime_options", PRECISION_SETTING])
         ov.save_model(read, made, compress_to_fp16=False)
         weights = write_bytes(path.with_suffix(".bin"), made.with_suffix(".bin").read_bytes())
         return [write_bytes(path, made.read_bytes()), weights]  # last what makes the weights readable
@@ -93,6 +102,8 @@ def load_xml(path: Path, threads: int | None) -> OpenVinoRunner:
         settings = settings_for(threads or physical_cores())
         if read.has_rt_info(["runtime_options", SETTING]):
             settings[SETTING] = int(read.get_rt_info(["runtime_options", SETTING]).astype(str))
+        if read.has_rt_info(["runtime_options", PRECISION_SETTING]):
+            settings[PRECISION_SETTING] = read.get_rt_info(["runtime_options", PRECISION_SETTING]).astype(str)
         compiled = ov.Core().compile_model(read, "CPU", settings)
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot read the file: {_reason(error)}", where=str(path)) from error

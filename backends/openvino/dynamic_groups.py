@@ -19,7 +19,7 @@ import onnx_ir.passes.common as common_passes
 from xform.backends.base import Choice
 from xform.backends.onnxruntime.emit import Emitter
 from xform.graph.channel_groups import group_of
-from xform.graph.values import constant_tensor, display_name, is_op, rank_of
+from xform.graph.values import constant_tensor, display_name, is_op, shape_of
 
 SETTING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _RULE = "dynamic_quantization"
@@ -54,13 +54,15 @@ def take_groups(model: ir.Model) -> tuple[int, list[Choice]]:
 
 def _write_out(emitter: Emitter, read: ir.Value, x: ir.Value, group: int) -> None:
     """G(x) as round(x / s) s, in operators of every opset."""
-    node, rank = read.producer(), rank_of(x)
-    assert node is not None and rank is not None
+    node, shape = read.producer(), shape_of(x)
+    assert node is not None and shape is not None and isinstance(shape[-1], int)
+    rank, channels = len(shape), shape[-1]
+    rows = [0] * (rank - 1)
     site = emitter.at(node)
     scale = site.op("Unsqueeze", node.inputs[1], emitter.ints(rank))
-    blocks = site.op("Reshape", x, emitter.ints(*[0] * (rank - 1), -1, group))
+    blocks = site.op("Reshape", x, emitter.ints(*rows, channels // group, group))
     rounded = site.op("Mul", site.op("Round", site.op("Div", blocks, scale)), scale)
-    site.replace([(read, site.op("Reshape", rounded, emitter.ints(*[0] * (rank - 1), -1)))], "int8 by groups: floats")
+    site.replace([(read, site.op("Reshape", rounded, emitter.ints(*rows, channels)))], "int8 by groups: floats")
 
 
 def _is_decoded(value: ir.Value | None) -> bool:

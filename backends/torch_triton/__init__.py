@@ -67,6 +67,13 @@ class TorchTritonBackend:
 
     name: ClassVar[str] = "torch_triton"
     kinds: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx", ".pt2", ".safetensors")
+    precisions: ClassVar[tuple[str, ...]] = PRECISIONS
+    graph_precisions: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, target: Target, options: LowerOptions) -> None:
+        """See `xform.backends.base.Backend.check`."""
+        _check(options)
 
     def available(self, target: Target) -> str | None:
         """See `xform.backends.base.Backend.available`."""
@@ -99,6 +106,7 @@ class TorchTritonBackend:
             "placement": {f"torch {target.kind}": operators.total()},
             "precision": options.precision,
             "compile": options.compile,
+            "threads": target.threads,
         }
         return TorchArtifact(
             self.name, target, metadata, model=model, module=module, precision=precision, compile=options.compile,

@@ -11,11 +11,9 @@ configurations of a kernel (kernels/tuning.py) comes before: it is made by the f
 from __future__ import annotations
 
 import copy
-import json
-import os
+import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +22,14 @@ from torch.fx import GraphModule, Interpreter, Node
 from xform.backends.base import Choice
 from xform.backends.torch_triton.fuse import fuse_linear
 from xform.backends.torch_triton.kernels import Finding, Kernel, kernels
-from xform.errors import OutputError
-from xform.graph.atomic import write_bytes
+from xform.cachefile import CacheFolder
+from xform.text import shown
 
 Timer = Callable[[Callable[..., Any], tuple[Any, ...]], float]
 _CALLS = 20
+CACHE = CacheFolder("kernels", "timings of kernels")
+FILE = "kernels.json"
 GAIN = 1.02  # what takes the place of torch's way has to be this much faster: timing is no more exact
-
-
-def cache_file() -> Path:
-    """Where decisions are remembered: `$XDG_CACHE_HOME/xform/kernels.json`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "xform" / "kernels.json"
 
 
 def choose(module: GraphModule, inputs: list[Any], timer: Timer | None = None) -> list[dict[str, Any]]:
@@ -85,8 +79,8 @@ class Decisions:
     def __init__(self, timer: Timer) -> None:
         import triton
 
-        self._known = _read()
-        self._measured = False
+        self._known: dict[str, Any] = CACHE.read(FILE, _problem) or {}
+        self._measured: dict[str, Any] = {}
         how = getattr(timer, "__name__", type(timer).__name__)
         self._circumstances = f"torch {torch.__version__}, triton {triton.__version__}, {how}"
 
@@ -95,13 +89,13 @@ class Decisions:
         key = f"{self._circumstances}: {what}"
         found: dict[str, Any] = self._known.get(key) or measure()
         if "failed" not in found and key not in self._known:
-            self._known[key], self._measured = found, True
+            self._known[key] = self._measured[key] = found
         return found
 
     def save(self) -> None:
-        """Write it down, if there is anything new."""
+        """Write it down, if there is anything new, beside what other processes have found meanwhile."""
         if self._measured:
-            _write(self._known)
+            CACHE.write(FILE, lambda before: {**(before or {}), **self._measured}, _problem)
 
 
 class _Chooser(Interpreter):
@@ -225,18 +219,18 @@ def wall_seconds(function: Callable[..., Any], arguments: tuple[Any, ...]) -> fl
     return time.perf_counter() - start
 
 
-def _read() -> dict[str, Any]:
-    try:
-        found = json.loads(cache_file().read_text())
-    except (OSError, ValueError):  # none yet, or one that something else wrote: measure again
-        return {}
-    return found if isinstance(found, dict) else {}
+def _problem(found: Any) -> str | None:
+    """Why something read from the cache is not a table of measurements; None where it is one."""
+    if not isinstance(found, dict):
+        return "it is not a table"
+    wrong = next((key for key, entry in found.items() if not _is_measurement(entry)), None)
+    return None if wrong is None else f"the entry {shown(wrong, 40)!r} is not a measurement"
 
 
-def _write(decisions: dict[str, Any]) -> None:
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, json.dumps(decisions, indent=1).encode())
-    except (OSError, OutputError):
-        return  # a cache that cannot be written costs a measurement next time, nothing else
+def _is_measurement(entry: Any) -> bool:
+    """Whether it is what `Decisions.of` is given: of a kernel, or of products side by side (`packing`)."""
+    kinds = {"keep": ("kernel_seconds", "torch_seconds"), "packed": ("packed_seconds", "separate_seconds")}
+    if not isinstance(entry, dict):
+        return False
+    times = [entry.get(name) for verdict, names in kinds.items() if type(entry.get(verdict)) is bool for name in names]
+    return bool(times) and all(isinstance(one, float) and math.isfinite(one) and one > 0 for one in times)

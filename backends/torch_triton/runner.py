@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class TorchRunner:
         self.output_names: tuple[str, ...] = tuple(value.name or "" for value in graph.outputs)
         self._module: Any = artifact.module.to(self._device)
         self._call: Callable[..., Any] | None = None
+        self._threads = artifact.target.threads if artifact.target.kind == "cpu" else None
         self._convolves = any("conv" in operator.lower() for operator in artifact.metadata["operators"])
 
     def run(self, feeds: Mapping[str, Any]) -> list[Any]:
@@ -62,7 +63,7 @@ class TorchRunner:
                 for name, tensor in zip(self.input_names, tensors, strict=True)
                 if tensor is not None
             }
-        with torch.no_grad(), self._convolving():
+        with torch.no_grad(), self._convolving(), _threads(self._threads):
             try:
                 if self._call is None:
                     self._call = self._chosen(tensors)
@@ -133,6 +134,20 @@ class TorchRunner:
     def _tensor_of(self, value: Any) -> torch.Tensor:
         tensor = value.detach() if isinstance(value, torch.Tensor) else torch_of(np.asarray(value))
         return tensor if tensor.device == self._device else tensor.to(self._device)
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """torch's number of threads inside: one for the whole process, so the one before is put back."""
+    if number is None or number == torch.get_num_threads():
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

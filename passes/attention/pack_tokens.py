@@ -9,15 +9,18 @@ token reads row 0, whose weight the mask makes zero. After it the rows are packe
     flat = M != 0, [B * S]         rows = NonZero(flat)         inverse = Where(flat, CumSum(flat) - 1, 0) as [B, S]
     pack(x) = Gather(Reshape(x, [-1, C]), rows)                  unpack(p) = Gather(p, inverse)
 
-Position 0 always counts as valid, so that [T, C] is never empty.
+Position 0 of the batch always counts as valid, so that [T, C] is never empty. Where the first token of every sequence
+is read, all first positions do, and all positions of a sequence without tokens: a sequence that is padded on the left
+begins with a pad, which attends to its tokens, and the queries of an empty one may attend to all of its pads.
 
 Sources: Zhai et al. 2023, "ByteTransformer" (arXiv 2210.03052), zero padding algorithm; Portes et al. 2023,
 "MosaicBERT" (arXiv 2312.17482), unpadding.
 
 Rules
 1. Legal: all masks are computed from one input [B, S]; what reads unpacked rows ignores those without token: attention
-   (by its mask), packing, the first token of a sequence, and `Where(condition from M alone, rows, constant)`, which
-   `xform.pipeline.padding` puts before the outputs. Otherwise nothing is changed, and the remark names the reader.
+   (by its mask, which is looked at for masks of all kinds, `xform.passes.attention.probe`), packing, the first token of
+   a sequence, shapes, and `Where(condition from M alone, rows, constant)`, which `xform.pipeline.padding` puts before
+   the outputs. Otherwise nothing is changed, and the remark names the reader.
 2. Exact on valid rows. Pads are whatever that `Where` puts there: zeros.
 3. Profitable: if at least one product is packed. What it wins grows with the share of pads; with none it costs two
    copies of the rows per attention, where a backend has no form of attention for packed tokens (ONNX Runtime has).
@@ -33,7 +36,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from xform.graph.values import attributes_of, constant, display_name, is_op, shape_of
+from xform.graph.values import Array, attributes_of, constant, display_name, is_op, rank_of, shape_of
 from xform.passes.attention.padding import (
     Padding,
     axis_after,
@@ -43,6 +46,7 @@ from xform.passes.attention.padding import (
     is_layout,
     is_token_wise,
 )
+from xform.passes.attention.probe import Probe, closes_pads, hides
 from xform.rewrite.builder import Builder
 from xform.rewrite.passes import Pass, PassContext
 
@@ -66,12 +70,19 @@ class PackTokens(Pass):
             return False
         if any(is_op(node, "GatherND", "Gather") and _is_packing(node) for node in model.graph):
             return False
-        offender = _offender(packed, padding)
+        probe = Probe(padding)
+        readers = _Readers(packed, padding, probe, probe.tokens)
+        offender = readers.offender()
+        if offender is not None:
+            empty = ~probe.tokens.any(axis=1, keepdims=True)
+            first = np.arange(probe.tokens.shape[1]) == 0
+            readers = _Readers(packed, padding, probe, probe.tokens | first | empty, reads_first=True)
+            offender = readers.offender()
         if offender is not None:
             reason = f"{offender.op_type} reads rows of pads too, which would hold something else"
             context.remark(self.name, "pack", "missed", (display_name(offender),), reason, _CONCEPT)
             return False
-        _Rewrite(model, padding, self.name).run(packed)
+        _Rewrite(model, padding, self.name, readers.reads_first).run(packed)
         names = [display_name(node) for node in packed]
         context.remark(self.name, "pack", "applied", names, f"{len(packed)} operators run on packed tokens", _CONCEPT)
         return True
@@ -95,55 +106,89 @@ def _is_packing(node: ir.Node) -> bool:
     return node.metadata_props.get("xform.pass") == PackTokens.name
 
 
-def _offender(packed: Sequence[ir.Node], padding: Padding) -> ir.Node | None:
-    """A node that would see what stands in the rows of pads; a graph output that would, as its producer."""
-    inside = set(packed)
-    waiting: list[tuple[ir.Value, int | None]] = [(node.outputs[0], 1) for node in packed]
-    seen: set[ir.Value] = set()
-    while waiting:
-        value, axis = waiting.pop()  # and which of its axes are the tokens, None where that is not followed
-        if value in seen:
-            continue
-        seen.add(value)
-        producer = value.producer()
-        if value.is_graph_output() and producer is not None:
-            return producer
-        for reader, index in value.uses():
-            if reader in inside or _ignores_pads(reader, index, axis, padding):
+@dataclass(frozen=True)
+class _Readers:
+    """What reads the rows of packed operators.
+
+    Attributes:
+        computed: [B, S] of the probe's masks, true for positions whose rows are computed.
+        reads_first: Whether the first position of every sequence is among them, so that it may be read.
+    """
+
+    packed: Sequence[ir.Node]
+    padding: Padding
+    probe: Probe
+    computed: Array
+    reads_first: bool = False
+
+    def offender(self) -> ir.Node | None:
+        """A node that would see what stands in the rows of pads; a graph output that would, as its producer."""
+        inside = set(self.packed)
+        waiting: list[tuple[ir.Value, int | None]] = [(node.outputs[0], 1) for node in self.packed]
+        seen: set[tuple[ir.Value, int | None]] = set()
+        while waiting:
+            value, axis = waiting.pop()  # and which of its axes are the tokens, None where that is not followed
+            if (value, axis) in seen:
                 continue
-            if reader.graph is not padding.attentions[0].graph:
-                return reader
-            if is_layout(reader) and index == 0:
-                waiting += [(output, axis_after(reader, axis)) for output in reader.outputs]
-            elif reader in padding.attentions and index < 3:
-                if any(output.uses() or output.is_graph_output() for output in reader.outputs[1:]):
-                    return reader  # keys and values as a cache, or the logits, of pads too
-                if index == 0 or not _hides_keys_alone(reader):
-                    waiting.append((reader.outputs[0], axis if index == 0 else None))
-            else:
-                return reader
-    return None
+            seen.add((value, axis))
+            producer = value.producer()
+            if value.is_graph_output() and producer is not None:
+                return producer
+            for reader, index in value.uses():
+                if reader in inside or self._ignores_pads(reader, index, axis):
+                    continue
+                if reader.graph is not self.padding.attentions[0].graph:
+                    return reader
+                if is_layout(reader) and index == 0:
+                    waiting += [(output, axis_after(reader, axis)) for output in reader.outputs]
+                elif reader in self.padding.attentions and index < 3 and self._attends(reader, index, axis):
+                    if index == 0:
+                        waiting.append((reader.outputs[0], axis))
+                else:
+                    return reader
+        return None
 
+    def _attends(self, attention: ir.Node, index: int, axis: int | None) -> bool:
+        """Whether an attention sees no pads in its keys and values, for all queries whose results may be read."""
+        if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):
+            return False  # keys and values as a cache, or the logits, of pads too
+        if index == 0:
+            return True  # a query only makes the row that it stands for
+        mask, query = attention.inputs[3], attention.inputs[0]
+        rank = rank_of(attention.inputs[index])
+        if mask is None or query is None or rank is None or axis != rank - 2:  # [B, H, S, D] or [B, S, H * D]
+            return False
+        return closes_pads(mask, self.probe, self.computed, for_all=not self._is_unpacked(query))
 
-def _hides_keys_alone(attention: ir.Node) -> bool:
-    """Whether the mask is one for all queries, so that keys and values which are pads have no weight for any."""
-    shape = shape_of(attention.inputs[3])
-    return shape is not None and len(shape) > 1 and shape[-2] == 1
+    def _is_unpacked(self, value: ir.Value) -> bool:
+        """Whether queries are rows of a packed operator, pads among them, which nobody reads then."""
+        node: ir.Node | None = value.producer()
+        at: ir.Value | None = value
+        while node is not None and node not in self.packed and is_layout(node):
+            at = node.inputs[0]
+            node = at.producer() if at is not None else None
+        shape = shape_of(value)
+        return node in self.packed and shape is not None and shape[-2] == self.padding.dims[1]
 
-
-def _ignores_pads(reader: ir.Node, index: int, axis: int | None, padding: Padding) -> bool:
-    if is_op(reader, "Where"):
-        return index == 1 and computed_from_mask_alone(reader.inputs[0], padding)
-    if axis is None or index != 0:
+    def _ignores_pads(self, reader: ir.Node, index: int, axis: int | None) -> bool:
+        if is_op(reader, "Shape", "Size"):
+            return True
+        if is_op(reader, "Where"):
+            condition = reader.inputs[0]
+            from_mask = condition is not None and computed_from_mask_alone(condition, self.padding)
+            return (
+                index == 1 and from_mask and condition is not None and hides(condition, self.probe, self.computed, axis)
+            )
+        if axis is None or index != 0 or not self.reads_first:
+            return False
+        if is_op(reader, "Gather"):
+            which = constant(reader.inputs[1], max_elements=1)
+            along = reader.attributes.get_int("axis", 0)
+            return along == axis and which is not None and which.size == 1 and int(which.reshape(())) == 0
+        if is_op(reader, "Slice"):
+            parameters = [constant(v, max_elements=1) for v in reader.inputs[1:4]]
+            return [None if p is None else p.tolist() for p in parameters] == [[0], [1], [axis]]
         return False
-    if is_op(reader, "Gather"):
-        which = constant(reader.inputs[1], max_elements=1)
-        along = reader.attributes.get_int("axis", 0)
-        return along == axis and which is not None and which.size == 1 and int(which.reshape(())) == 0
-    if is_op(reader, "Slice"):
-        parameters = [constant(v, max_elements=1) for v in reader.inputs[1:4]]
-        return [None if p is None else p.tolist() for p in parameters] == [[0], [1], [axis]]
-    return False
 
 
 @dataclass
@@ -153,6 +198,7 @@ class _Rewrite:
     model: ir.Model
     padding: Padding
     name: str
+    reads_first: bool
     rows: dict[ir.Value, ir.Value] = field(default_factory=dict)  # [B, S, C] to [T, C]
     unpacked: dict[ir.Value, ir.Value] = field(default_factory=dict)
     counter: int = 0
@@ -191,9 +237,18 @@ class _Rewrite:
         build = self._build(anchor, self.padding.mask.name or "mask")
         given = self.padding.mask
         mask = given if given.dtype is ir.DataType.BOOL else build.op("Cast", given, to=int(ir.DataType.BOOL))
-        flat = build.op("Reshape", mask, [-1])
-        rest = build.op("Slice", flat, [1], [np.iinfo(np.int64).max], [0])
-        flat = build.op("Concat", build.constant(np.array([True]), "first_position"), rest, axis=0)
+        if self.reads_first:
+            length = build.op("Squeeze", build.op("Shape", given, start=1, end=2), [0])
+            zero, one = build.constant(np.array(0)), build.constant(np.array(1))
+            first = build.op("Equal", build.op("Range", zero, length, one), zero)
+            most = build.op("ReduceMax", build.op("Cast", mask, to=int(ir.DataType.INT32)), [1], keepdims=1)
+            empty = build.op("Equal", most, build.constant(np.array(0, np.int32)))
+            flat = build.op("Reshape", build.op("Or", build.op("Or", mask, first), empty), [-1])
+        else:
+            flat = build.op("Reshape", mask, [-1])
+            start = build.op("Or", build.op("Slice", flat, [0], [1], [0]), build.constant(np.array(True)))
+            rest = build.op("Slice", flat, [1], [np.iinfo(np.int64).max], [0])
+            flat = build.op("Concat", start, rest, axis=0)
         rows = build.op("Reshape", build.op("NonZero", flat), [-1])
         count = build.op("CumSum", build.op("Cast", flat, to=int(ir.DataType.INT64)), build.constant(np.array(0)))
         order = build.op("Sub", count, build.constant(np.array(1)))

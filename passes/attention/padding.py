@@ -30,11 +30,13 @@ class Padding:
         mask: Graph input [B, S], nonzero where there is a token.
         dims: B and S.
         attentions: Every Attention node; its mask is computed from `mask`.
+        opset: Of the graph.
     """
 
     mask: ir.Value
     dims: tuple[Dim, Dim]
     attentions: tuple[ir.Node, ...]
+    opset: int
 
 
 def find_padding(model: ir.Model) -> Padding | str:
@@ -58,7 +60,7 @@ def find_padding(model: ir.Model) -> Padding | str:
         return f"the size of {mask.name} is unknown"
     if any(is_op(reader, "Gather") and index == 1 for reader, index in mask.uses()):
         return f"{mask.name} selects embeddings, so it is no mask"
-    return Padding(mask, (shape[0], shape[1]), attentions)
+    return Padding(mask, (shape[0], shape[1]), attentions, model.opset_imports.get("", 23))
 
 
 def _sources(value: ir.Value) -> set[ir.Value]:

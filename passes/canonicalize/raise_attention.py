@@ -12,16 +12,17 @@ Rules
 5. `shared_heads`: keys and values repeated for groups of query heads are read unrepeated (Ainslie et al., arXiv
    2305.13245).
 6. `cache`: keys and values joined with a cache become past_key/past_value, the joined ones present_key/present_value.
-7. `fill`: a mask filled with the lowest number of its type is filled with half of it (`xform.patterns.attention_mask`
+7. `fill`: a mask filled with the lowest number of its type is filled with 5/8 of it (`xform.patterns.attention_mask`
    says why that is the same by the operator's definition, and not the same in ONNX Runtime's kernel).
 
 Preconditions: the softmax is over the keys; nothing between the products is read elsewhere; factors are constant and
-positive; operands are of one floating-point type; batch and heads provably agree.
+positive; operands are of one floating-point type; batch and heads provably agree; fills are numbers that an additive
+mask can stand for (`xform.patterns.attention_fill`); in float64, scale and soft cap are float32 numbers, as attributes
+are, or the scale goes onto the queries.
 
-Exact for finite queries, keys and values up to rounding, with two remarks:
-- a row whose mask is all -inf: NaN where the spelled-out form has no guard, zeros from the operator;
-- `Where(IsNaN(weights), 0, weights)` is dropped. By it a row of NaN logits that come from NaN or overflowing inputs
-  gave zeros; the operator gives NaN there.
+Exact for finite queries, keys and values up to rounding, rows without a key included: they keep equal weights, zeros or
+NaN. One remark: `Where(IsNaN(weights), 0, weights)` is dropped. By it a row of NaN logits that come from NaN or
+overflowing inputs gave zeros; the operator gives NaN there.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ import onnx_ir as ir
 
 from xform.graph.values import attribute, attributes_of, display_name, rank_of, shape_of
 from xform.patterns.attention import Core, recognize
+from xform.patterns.attention_fill import deep_number
 from xform.patterns.attention_heads import cached, repeated_heads
 from xform.patterns.attention_layout import Layout, choose, dim
-from xform.patterns.attention_mask import build_mask, half_lowest, lowest_fill
+from xform.patterns.attention_mask import build_mask, lowest_fill
 from xform.patterns.attention_operands import operand, peel
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
@@ -65,6 +67,8 @@ class Product(Rule):
     def matches(self, node: ir.Node, search: Search) -> Iterator[Match | Failure]:
         core = recognize(node)
         layout = choose(core) if isinstance(core, Core) else core
+        if isinstance(core, Core) and not holds(core.logits.softcap, core.queries.value.dtype):
+            layout = Failure(f"the soft cap {core.logits.softcap} is no float32, as the operator wants it", (node,))
         if isinstance(layout, Failure):
             yield layout
         if not isinstance(core, Core) or not isinstance(layout, Layout):
@@ -79,14 +83,17 @@ class Product(Rule):
             q = build.op("Mul", q, factor)
         dtype = core.queries.value.dtype
         assert dtype is not None
-        mask = build_mask(build, core.logits, layout, q, k, dtype)
+        scale = core.scale
+        if not holds(scale, dtype):
+            q, scale = build.op("Mul", q, np.asarray(scale, dtype=dtype.numpy())), 1.0
+        mask = build_mask(build, core.logits, layout, q, k, dtype, core.guarded)
         out = build.op(
             "Attention",
             q,
             k,
             v,
             mask,
-            scale=core.scale,
+            scale=scale,
             softcap=core.logits.softcap or None,
             softmax_precision=None if core.precision is None else core.precision.value,
         )
@@ -110,6 +117,11 @@ def _first_dim(build: Builder, size: int | tuple[ir.Value, int]) -> ir.Value | l
         return [size, 1, 1, 1]
     value, axis = size
     return build.op("Concat", build.op("Shape", value, start=axis, end=axis + 1), [1, 1, 1], axis=0)
+
+
+def holds(number: float, dtype: ir.DataType | None) -> bool:
+    """Whether an attribute, a float32, says a number as precisely as operands of `dtype` need it."""
+    return dtype is not ir.DataType.DOUBLE or float(np.float32(number)) == number
 
 
 class _OnAttention(Rule):
@@ -164,11 +176,17 @@ class ThreeAxes(_OnAttention):
         heads = (attribute(node, "q_num_heads"), *[attribute(node, "kv_num_heads")] * 2)
         inputs = _inputs(node)
         for index, count in enumerate(heads):
-            split = build.op("Reshape", inputs[index], [0, 0, count, -1])
+            split = build.op("Reshape", inputs[index], [0, 0, count, _size(inputs[index], count)])
             inputs[index] = build.op("Transpose", split, perm=[0, 2, 1, 3])
         out, *others = _again(build, node, inputs, q_num_heads=None, kv_num_heads=None)
         merged = build.op("Transpose", out, perm=[0, 2, 1, 3])
-        return build.op("Reshape", merged, [0, 0, -1]), *others
+        return build.op("Reshape", merged, [0, 0, _size(node.outputs[0])]), *others
+
+
+def _size(value: ir.Value | None, heads: int = 1) -> int:
+    """The last dim by head, -1 where it is not known; a dim that is written down does for empty batches too."""
+    last = (shape_of(value) or (None,))[-1]
+    return last // heads if isinstance(last, int) else -1
 
 
 class ExplicitScale(_OnAttention):
@@ -183,6 +201,8 @@ class ExplicitScale(_OnAttention):
         size = shape[3] if shape is not None else None
         if not isinstance(size, int):
             yield Failure("the head size behind the default scale is not known before the model runs", (node,))
+            return
+        if not size or not holds(1 / math.sqrt(size), node.inputs[0].dtype if node.inputs[0] is not None else None):
             return
         yield Match(roots=_used(node), nodes={"attention": node}, data={"scale": 1 / math.sqrt(size)})
 
@@ -202,10 +222,11 @@ class Scale(_OnAttention):
         if scale is None or given[0] is None or given[1] is None or _inputs(node)[PAST] is not None:
             return
         found = [peel(g, transposes=False) for g in given if g is not None]
-        if all(f.scale == 1.0 for f in found):
+        product = scale * math.prod(f.scale for f in found)
+        if all(f.scale == 1.0 for f in found) or not holds(product, found[0].value.dtype):
             return
         interior = tuple(p for g in given if g is not None and (p := g.value.producer()) is not None)
-        data = {"values": [f.value for f in found], "scale": scale * found[0].scale * found[1].scale}
+        data = {"values": [f.value for f in found], "scale": product}
         yield Match(roots=_used(node), nodes={"attention": node}, interior=interior, data=data)
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
@@ -281,7 +302,7 @@ class Filled(_OnAttention):
         inputs: list[Any] = list(filled.inputs)
         dtype = filled.outputs[0].dtype
         assert dtype is not None
-        inputs[match.data["index"]] = np.asarray(half_lowest(dtype), dtype=dtype.numpy())
+        inputs[match.data["index"]] = np.asarray(deep_number(dtype), dtype=dtype.numpy())
         return build.op(filled.op_type, *inputs)
 
 

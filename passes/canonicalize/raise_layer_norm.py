@@ -133,7 +133,7 @@ class _Absorb(Rule):
         norm, dtype = match.node("norm"), match["scale"].dtype
         assert dtype is not None
         new = [
-            build.constant(a.astype(dtype.numpy()), f"layer_norm_{n}") if a is not None else None
+            build.folded(a.astype(np.float64), dtype, f"layer_norm_{n}", summand=n == "bias") if a is not None else None
             for n, a in (("scale", scale), ("bias", bias))
         ]
         return build.op(

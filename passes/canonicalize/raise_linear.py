@@ -42,13 +42,6 @@ def derived(build: Builder, source: ir.Value, change: Callable[[Array], Array], 
     return build.constant(lazy, name)
 
 
-def _scaled(array: Array, factor: float) -> Array:
-    if factor == 1.0:
-        return array
-    scaled: Array = (array.astype(np.float64) * factor).astype(array.dtype)
-    return scaled
-
-
 def _is_float(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_floating_point()
 
@@ -75,12 +68,15 @@ class Gemm(Rule):
         alpha, beta = float(attribute(gemm, "alpha", 1.0)), float(attribute(gemm, "beta", 1.0))
         a = build.op("Transpose", match["a"], perm=[1, 0]) if attribute(gemm, "transA", 0) else match["a"]
         transposed = bool(attribute(gemm, "transB", 0))
-        tensor = constant_tensor(weight)
-        assert tensor is not None
-        rows, columns = tensor.shape.numpy()
-        if transposed or alpha != 1.0:
-            shape = (columns, rows) if transposed else (rows, columns)
-            weight = derived(build, weight, lambda w: _scaled(w.T if transposed else w, alpha), shape)
+        if alpha != 1.0:
+            array, dtype = constant(weight), weight.dtype
+            assert array is not None and dtype is not None
+            wide = array.astype(np.float64) * alpha
+            weight = build.folded(wide.T if transposed else wide, dtype, weight.name or "weight")
+        elif transposed:
+            tensor = constant_tensor(weight)
+            assert tensor is not None
+            weight = derived(build, weight, lambda w: w.T, tuple(reversed(tensor.shape.numpy())))
         product = build.op("MatMul", a, weight)
         if c is None or beta == 0.0:
             return product
@@ -89,8 +85,10 @@ class Gemm(Rule):
 
 
 def _scale_bias(build: Builder, bias: ir.Value, beta: float) -> ir.Value:
-    array = constant(bias)
-    return build.op("Mul", bias, beta) if array is None else build.constant(_scaled(array, beta), bias.name or "bias")
+    array, dtype = constant(bias), bias.dtype
+    if array is None or dtype is None:
+        return build.op("Mul", bias, beta)
+    return build.folded(array.astype(np.float64) * beta, dtype, bias.name or "bias", summand=True)
 
 
 class TransposedWeight(Rule):

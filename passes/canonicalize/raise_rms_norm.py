@@ -128,7 +128,7 @@ class Scale(Rule):
         return build.op(
             "RMSNormalization",
             match["x"],
-            match["other"] if folded is None else build.constant(folded.astype(dtype.numpy()), "rms_norm_scale"),
+            match["other"] if folded is None else build.folded(folded, dtype, "rms_norm_scale"),
             axis=attribute(norm, "axis", -1),
             epsilon=attribute(norm, "epsilon", 1e-5),
             stash_type=attribute(norm, "stash_type", 1),

@@ -7,8 +7,9 @@ Rules
    Shape -> Gather -> Mul -> Concat chains, in graphs whose other dims stay dynamic.
 2. `same_value`: an operator whose elements are those of one of its operands is replaced by that operand
    (Where(target == -1, 1, target) around an Expand).
-3. `reshape_target`: a computed Reshape target that can be written with numbers, 0 (the operand's dim in that place) and
-   at most one -1 becomes constant.
+3. `reshape_target`: a computed Reshape target that can be written with numbers and either 0 (the operand's dim in that
+   place) or one -1 becomes constant (`xform.graph.reshape` says why not with both, unless the model has the -1 itself);
+   a Reshape to two dims that merges the axes before and behind one place becomes Flatten.
 4. `whole_slice`: a Slice by computed bounds that keeps every element.
 5. `filled`: ConstantOfShape of a constant shape, up to `fill_limit` elements.
 
@@ -24,7 +25,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph import dims
 from xform.graph.dims import Expr
+from xform.graph.reshape import constant_target
 from xform.graph.shape_data import Elements, ShapeData
 from xform.graph.values import ONNX_DOMAINS, attribute, is_constant, shape_of
 from xform.passes.cleanup.local import NodeRule, bypass_allowed, given, integers
@@ -116,32 +119,46 @@ class ReshapeTarget(_ShapeRule):
         target = self.data.elements(node.inputs[1])
         source = self.data.dims(node.inputs[0])
         found = _target(target, source, keep_zero=bool(attribute(node, "allowzero", 0)))
-        if found is None:
+        axis = None if found is not None else _flattened(target, source)
+        if found is None and axis is None:
             return QUIET
-        match.data["target"] = found
+        match.data.update(target=found, axis=axis)
         return None
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        if match.data["axis"] is not None:
+            return build.op("Flatten", match.node("node").inputs[0], axis=match.data["axis"])
         target = build.constant(np.array(match.data["target"], dtype=np.int64), "shape")
         return build.op("Reshape", match.node("node").inputs[0], target)
+
+
+def _flattened(target: Elements | None, source: Elements | None) -> int | None:
+    """The axis of the Flatten that a Reshape to two dims is, or None."""
+    if target is None or source is None or len(target) != 2 or any(size is None for size in (*target, *source)):
+        return None
+    for axis in range(len(source) + 1):
+        parts = (source[:axis], source[axis:])
+        sizes = [dims.product([size for size in part if size is not None]) for part in parts]
+        if sizes == target:
+            return axis
+    return None
 
 
 def _target(target: Elements | None, source: Elements | None, *, keep_zero: bool) -> list[int] | None:
     """A constant target of the same meaning, or None."""
     if target is None or (keep_zero and 0 in target):
         return None
+    if -1 not in target and 0 not in target:
+        return constant_target(target, source)
     found: list[int] = []
-    open_places = 0
-    for index, size in enumerate(target):
+    for index, size in enumerate(target):  # beside a -1 of the model's own a 0 fails, here as there
         if isinstance(size, int):
             found.append(size)
-            open_places += size == -1
         elif size is not None and source is not None and index < len(source) and source[index] == size:
             found.append(0)
         else:  # also an element that is not known at all: it is what the others leave over, whatever it is
             found.append(-1)
-            open_places += 1
-    return found if open_places <= 1 else None
+    return found if found.count(-1) <= 1 and (-1 in target or found.count(-1) == 0) else None
 
 
 class WholeComputedSlice(_ShapeRule):

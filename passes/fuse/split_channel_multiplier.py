@@ -9,8 +9,8 @@ where the shuffle brings channels in the order (j, g) to the order (g, j): Resha
 
 Rules
 1. `split_multiplier`: as above, for a constant weight and bias and m > 1.
-Left alone, with a remark: a weight or bias that is computed; more than one unknown size in space, which the Reshape
-back could not be told; more outputs per channel than pay; targets other than the CPU.
+Left alone, with a remark: a weight or bias that is computed; more than one unknown size in space; more outputs per
+channel than pay; targets other than the CPU.
 
 Runtimes have fast kernels for m = 1 only: the others go group by group through a product of one row. The pass is exact,
 to the bit. Channel multiplier: Chollet, "Xception", arXiv 1610.02357, and MobileNet, arXiv 1704.04861.
@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from xform.graph.values import attribute, constant, is_constant, shape_of
+from xform.graph.values import Dim, attribute, constant, is_constant, shape_of
 from xform.passes.cleanup.local import NodeRule, given
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match
@@ -57,7 +57,7 @@ class SplitMultiplier(NodeRule):
             return Failure("its weight or bias is computed, so that it cannot be split offline", (node,))
         if out is None or sum(not isinstance(size, int) for size in out[2:]) > 1:
             return Failure("more than one size of its output in space is unknown", (node,))
-        match.data.update(groups=groups, times=kernel[0] // groups, space=[_size(n) for n in out[2:]])
+        match.data.update(groups=groups, times=kernel[0] // groups, space=out[2:])
         return None
 
     def profit(self, match: Match, context: PassContext) -> Failure | None:
@@ -85,13 +85,19 @@ class SplitMultiplier(NodeRule):
             offset = None if bias is None else build.constant(np.ascontiguousarray(bias[j::times]), f"{base}_bias_{j}")
             parts.append(build.op("Conv", node.inputs[0], kernel, offset, group=groups, **spatial))
         joined = build.op("Concat", *parts, axis=1)
-        grid = build.op("Reshape", joined, [0, times, groups, -1])
+        return _shuffled(build, joined, times, groups, match.data["space"])
+
+
+def _shuffled(build: Builder, x: ir.Value, times: int, groups: int, space: Sequence[Dim]) -> ir.Value:
+    """Channels in the order (j, g) in the order (g, j). Sizes in space are one axis meanwhile, if they are known."""
+    if all(isinstance(size, int) for size in space):
+        grid = build.reshape(x, slice(0, 1), times, groups, slice(2, None))
         swapped = build.op("Transpose", grid, perm=[0, 2, 1, 3])
-        return build.op("Reshape", swapped, [0, times * groups, *match.data["space"]])
-
-
-def _size(dim: int | str | None) -> int:
-    return dim if isinstance(dim, int) else -1
+        return build.reshape(swapped, slice(0, 1), times * groups, *(size for size in space if isinstance(size, int)))
+    axes = [slice(axis, axis + 1) for axis in range(2, 2 + len(space))]
+    grid = build.reshape(x, slice(0, 1), times, groups, *axes)
+    swapped = build.op("Transpose", grid, perm=[0, 2, 1, *range(3, 3 + len(space))])
+    return build.reshape(swapped, slice(0, 1), times * groups, *(slice(a.start + 1, a.stop + 1) for a in axes))
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,10 @@ class GroupProducts(SharedInput):
         return None
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:
-        read = grouped(match["x"], self._options.group, build)
+        first = match.roots[0].producer()
+        weight = constant_tensor(first.inputs[1]) if first is not None else None
+        assert weight is not None
+        read = grouped(match["x"], int(weight.shape.numpy()[0]), self._options.group, build)
 
         def product(node: ir.Node) -> ir.Value:
             value, weight = node.inputs[1], constant(node.inputs[1])
@@ -169,16 +172,24 @@ def finer_groups(group: int) -> list[int]:
     return list(dict.fromkeys(sizes[-1] for sizes in steps if sizes))
 
 
-def grouped(x: ir.Value, group: int, build: Builder) -> ir.Value:
-    """`x` [.., K] rounded to int8 by groups of one row, as float32: see the module's docstring."""
+def grouped(x: ir.Value, channels: int, group: int, build: Builder) -> ir.Value:
+    """`x` [.., K] rounded to int8 by groups of one row, as float32: see the module's docstring.
+
+    Args:
+        channels: K, a multiple of `group`.
+    """
     rank, shape = rank_of(x), shape_of(x)
     assert rank is not None
-    blocks = x
+    # said in numbers: where there are no rows, -1 could be anything
+    rows, count = [0] * (rank - 1), channels // group
     if shape is None or shape[-1] != group:
-        blocks = build.op("Reshape", x, np.array([0] * (rank - 1) + [-1, group], np.int64))
+        blocks = build.op("Reshape", x, np.array([*rows, count, group], np.int64))
         peak = build.op("ReduceMax", build.op("Abs", blocks), np.array([-1], np.int64), keepdims=0)
     else:
         peak = build.op("ReduceMax", build.op("Abs", x), np.array([-1], np.int64), keepdims=1)
+    if shape is None or not all(isinstance(dim, int) and dim for dim in shape[:-1]):
+        # ONNX Runtime (1.31) gives what it reduces the shape of its input where that is empty
+        peak = build.op("Reshape", peak, np.array([*rows, count], np.int64))
     scale = build.op("Max", build.op("Mul", peak, 1 / LARGEST_CODE), _TINY)
     codes = build.op("QuantizeLinear", x, scale, axis=rank - 1, block_size=group, output_dtype=int(ir.DataType.INT8))
     return build.op("DequantizeLinear", codes, scale, axis=rank - 1, block_size=group)

@@ -16,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.channel_axis import VIEWS, results
+from xform.graph.rounding import folding_loss
 from xform.graph.values import Array, attribute, attributes_of, display_name, is_op, used_once
 from xform.passes.reparameterize import linear_map
 from xform.passes.reparameterize.channel_path import affine_of
-from xform.passes.reparameterize.linear_map import OPERATORS, LinearMap, overflows
+from xform.passes.reparameterize.linear_map import OPERATORS, LinearMap
 from xform.rewrite.builder import Builder
 from xform.rewrite.rule import Failure
 
@@ -71,8 +72,8 @@ class LinearReader:
         if np.any(c) and (reason := self.linear.shift_is_uniform()) is not None:
             return f"{name}: {reason}"
         weight, bias = self.linear.scale_input(a, c)
-        too_large = overflows(weight, self.linear.dtype) or overflows(bias, self.linear.dtype)
-        return f"the new weight of {name} overflows {self.linear.dtype.name}" if too_large else None
+        loss = folding_loss(weight, bias, self.linear.dtype)
+        return None if loss is None else f"the new weight of {name} {loss}"
 
     def build(self, build: Builder, y: ir.Value, a: Array, c: Array, made: Paths) -> ir.Value:
         """The map over y' = (y - c) / a. `made` keeps what paths became, for readers that share a part of theirs."""

@@ -13,11 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.channel_axis import VIEWS, operands
+from xform.graph.rounding import folding_loss, narrowed
 from xform.graph.streams import Writer
 from xform.graph.values import Array, attribute, constant, display_name, is_op
 from xform.passes.reparameterize import linear_map
 from xform.passes.reparameterize.channel_path import Affine, affine_of, rebuild
-from xform.passes.reparameterize.linear_map import LinearMap, narrowed, overflows
+from xform.passes.reparameterize.linear_map import LinearMap
 from xform.rewrite.builder import Builder
 
 Map = Callable[[Array, int], Array]  # a linear map over the channels, which are the given axis
@@ -111,5 +112,5 @@ def unwritable(writer: Writer, channels: int, function: Map) -> str | None:
         return f"{writer.name} writes to it: {found}"
     weight, bias = found.mapped(function)
     dtype = found.linear.dtype
-    too_large = overflows(weight, dtype) or overflows(bias, dtype)
-    return f"the new weight of {writer.name} overflows {dtype.name}" if too_large else None
+    loss = folding_loss(weight, bias, dtype)
+    return None if loss is None else f"the new weight of {writer.name} {loss}"

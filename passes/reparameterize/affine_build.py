@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph.rounding import rounding_loss
 from xform.graph.values import Array, attribute, is_op, rank_of
 from xform.passes.reparameterize.affine_map import AffineMap
 from xform.passes.reparameterize.affine_region import Region, Term, as_product, factor_and_shift
 from xform.passes.reparameterize.channel_path import rebuild
-from xform.passes.reparameterize.linear_map import FLOATS, narrowed, overflows
+from xform.passes.reparameterize.linear_map import FLOATS
 from xform.rewrite.builder import Builder
 
 
@@ -90,10 +91,9 @@ def _with_bias(part: AffineMap, bias: Array) -> AffineMap:
 def _checked(term: Term) -> Problem | None:
     dtype = term.source.dtype or ir.DataType.FLOAT
     for array in term.map.arrays:
-        if overflows(array, dtype):
-            return Problem(f"the merged weight {term.map.name} overflows {dtype.name}")
-        if not np.all(np.isfinite(array)):
-            return Problem(f"the merged weight {term.map.name} is not finite")
+        loss = rounding_loss(array, dtype, summand=array is term.map.arrays[1])
+        if loss is not None:
+            return Problem(f"the merged weight {term.map.name} {loss}")
     return None
 
 
@@ -116,12 +116,12 @@ def _applied(term: Term, build: Builder) -> ir.Value:
             if vector is not None:
                 shaped = vector.reshape(-1, *[1] * (rank - 1 - term.axis))
                 base = name if op_type == "Mul" else f"{name}_bias"
-                value = build.op(op_type, value, build.constant(narrowed(shaped, dtype), base))
+                value = build.op(op_type, value, build.folded(shaped, dtype, base, summand=op_type == "Add"))
         return value
     kernel, bias = part.arrays
-    shift = build.constant(narrowed(bias, dtype), f"{name}_bias") if np.any(bias) else None
+    shift = build.folded(bias, dtype, f"{name}_bias", summand=True) if np.any(bias) else None
     if as_product(term):
-        product = build.op("MatMul", source, build.constant(narrowed(kernel.T, dtype), name))
+        product = build.op("MatMul", source, build.folded(kernel.T, dtype, name))
         return product if shift is None else build.op("Add", product, shift)
     if part.transposed:
         return _transposed_convolution(part, source, kernel, shift, build)
@@ -131,7 +131,7 @@ def _applied(term: Term, build: Builder) -> ir.Value:
     return build.op(
         "Conv",
         source,
-        build.constant(narrowed(kernel, dtype), name),
+        build.folded(kernel, dtype, name),
         shift,
         kernel_shape=list(kernel.shape[2:]),
         strides=list(window.strides) or None,
@@ -151,7 +151,7 @@ def _transposed_convolution(
     return build.op(
         "ConvTranspose",
         source,
-        build.constant(narrowed(weight, dtype), part.name or "weight"),
+        build.folded(weight, dtype, part.name or "weight"),
         shift,
         kernel_shape=list(window.kernel),
         strides=list(window.strides),

@@ -206,6 +206,8 @@ def _average_pool(node: ir.Node, axis: int, lenient: bool) -> Sequence[Part] | s
         return window
     if window.pads and not attribute(node, "count_include_pad", 0) and not lenient:
         return f"{display_name(node)} divides by fewer elements at the border (count_include_pad=0)"
+    if not lenient and not _always_fits(window, (shape_of(operand) or ())[2:]):
+        return f"{display_name(node)} has a window that may be larger than what it reads"
     if attribute(node, "ceil_mode", 0) and not _floor_is_enough(node, window) and not lenient:
         return f"{display_name(node)} adds windows that reach beyond its padding (ceil_mode=1)"
 
@@ -213,6 +215,12 @@ def _average_pool(node: ir.Node, axis: int, lenient: bool) -> Sequence[Part] | s
         return np.full((channels, 1, *kernel), 1 / math.prod(kernel)), np.zeros(channels)
 
     return (Part(operand, 1, AffineMap(channels, channels, channels, window, True, compute)),)
+
+
+def _always_fits(window: Window, sizes: Sequence[int | str | None]) -> bool:
+    """Whether there is room for a window along every axis; a pool gives nothing elsewhere, a convolution fails."""
+    pairs = zip(sizes, window.slack, strict=True)
+    return all(slack >= 0 or (isinstance(size, int) and size + slack >= 1) for size, slack in pairs)
 
 
 def _floor_is_enough(node: ir.Node, window: Window) -> bool:

@@ -173,11 +173,14 @@ def _parts(node: ir.Node, term: Term, *, lenient: bool = False) -> list[Term] | 
             return f"{display_name(node)} does not keep the channels as one axis"
         if not term.map.window.is_pointwise:
             return f"{display_name(node)} moves the axes that a convolution reads"
-        if not is_op(node, "Transpose") and term.map.inputs != term.map.outputs:
-            return f"{display_name(node)} states the number of channels, which the maps around it change"
         if channels_of(operand, axis) != term.map.inputs:
             return f"{display_name(node)} does not keep the channels as one axis"
-        return [replace(term, source=operand, axis=axis, views=_reduced((node, *term.views), operand))]
+        before = (node, *term.views)
+        views = _reduced(before, operand, axis, term.map.outputs)
+        stated = not is_op(node, "Transpose") and term.map.inputs != term.map.outputs
+        if stated and len(views) == len(before):  # it would have to be written anew, with another number
+            return f"{display_name(node)} states the number of channels, which the maps around it change"
+        return [replace(term, source=operand, axis=axis, views=views)]
     parts = read(node, term.axis, lenient=lenient)
     if isinstance(parts, str):
         return parts
@@ -190,8 +193,14 @@ def _parts(node: ir.Node, term: Term, *, lenient: bool = False) -> list[Term] | 
     return result
 
 
-def _reduced(views: tuple[ir.Node, ...], source: ir.Value) -> tuple[ir.Node, ...]:
-    """`views` without a leading run that leads back to the layout of `source`."""
+def _reduced(views: tuple[ir.Node, ...], source: ir.Value, axis: int, channels: int) -> tuple[ir.Node, ...]:
+    """`views` without a leading run that leads back to the layout of `source`.
+
+    Args:
+        axis: Channel axis of `source`.
+        channels: Number of channels that the map between `source` and the views gives. It can differ from that of
+            `source`: a product of rows, [B, S, K] -> [B S, K] -> [B S, N] -> [B, S, N], is one over the last axis.
+    """
     order: list[int] | None = None
     only_reshapes = True
     for count, view in enumerate(views, start=1):
@@ -202,14 +211,16 @@ def _reduced(views: tuple[ir.Node, ...], source: ir.Value) -> tuple[ir.Node, ...
                 return views
             order = list(perm) if order is None else [order[p] for p in perm]
             if order == sorted(order):
-                return _reduced(views[count:], source)
+                return _reduced(views[count:], source, axis, channels)
         else:
             order = None
             if not only_reshapes:
                 return views
             before, after = shape_of(source), shape_of(view.outputs[0])
-            if before is not None and before == after and None not in before:
-                return _reduced(views[count:], source)
+            if before is not None and None not in before:
+                mapped = (*before[:axis], channels, *before[axis + 1 :])
+                if mapped == after:
+                    return _reduced(views[count:], source, axis, channels)
     return views
 
 

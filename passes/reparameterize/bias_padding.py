@@ -75,7 +75,7 @@ class BiasPadding(Rule):
         attributes = attributes_of(pad)
         padded = build.op("Pad", plain, *pad.inputs[1:], **attributes)
         shift = match.data["bias"].reshape(-1, *[1] * (linear.weight.ndim - 2))
-        return build.op("Add", padded, build.constant(linear_map.narrowed(shift, linear.dtype), "border"))
+        return build.op("Add", padded, build.folded(shift, linear.dtype, "border", summand=True))
 
 
 def _chain(pad: ir.Node) -> list[ir.Node]:

@@ -27,10 +27,11 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.channel_axis import VIEWS, axis_before
+from xform.graph.rounding import folding_loss
 from xform.graph.values import Array, display_name, is_op, used_once
 from xform.passes.reparameterize import channel_path, linear_map
 from xform.passes.reparameterize.channel_path import Affine
-from xform.passes.reparameterize.linear_map import LinearMap, overflows
+from xform.passes.reparameterize.linear_map import LinearMap
 from xform.patterns import batch_norm
 from xform.patterns.batch_norm import CHANNEL_AXIS, BatchNorm
 from xform.rewrite.builder import Builder
@@ -271,8 +272,9 @@ def _checked(
     absorbed: Sequence[ir.Node],
     x: ir.Value | None = None,
 ) -> _Fold | str:
-    if overflows(weight, linear.dtype) or overflows(bias, linear.dtype):
-        return f"the folded weight overflows {linear.dtype.name}"
+    loss = folding_loss(weight, bias, linear.dtype)
+    if loss is not None:
+        return f"the folded weight {loss}"
     operand = x if x is not None else linear.node.inputs[0]
     if operand is None:
         return f"{linear.node.op_type} has no operand"

@@ -143,11 +143,11 @@ def joined_linear(
 ) -> ir.Value:
     """[A(x), B(x)] over the last axis."""
     weight = np.concatenate([a.weight, b.weight], axis=1)
-    value = build.op("MatMul", x, build.constant(linear_map.narrowed(weight, a.dtype), "joined"))
+    value = build.op("MatMul", x, build.folded(weight, a.dtype, "joined"))
     if bias_a is None and bias_b is None:
         return value
     both = np.concatenate([_bias(bias_a, a), _bias(bias_b, b)])
-    return build.op("Add", value, build.constant(linear_map.narrowed(both, a.dtype), "joined_bias"))
+    return build.op("Add", value, build.folded(both, a.dtype, "joined_bias", summand=True))
 
 
 def stacked_linear(
@@ -155,11 +155,11 @@ def stacked_linear(
 ) -> ir.Value:
     """A(x1) + B(x2) for x = [x1, x2] over the last axis."""
     weight = np.concatenate([a.weight, b.weight], axis=0)
-    value = build.op("MatMul", x, build.constant(linear_map.narrowed(weight, a.dtype), "stacked"))
+    value = build.op("MatMul", x, build.folded(weight, a.dtype, "stacked"))
     if bias_a is None and bias_b is None:
         return value
     total = _bias(bias_a, a) + _bias(bias_b, b)
-    return build.op("Add", value, build.constant(linear_map.narrowed(total, a.dtype), "stacked_bias"))
+    return build.op("Add", value, build.folded(total, a.dtype, "stacked_bias", summand=True))
 
 
 def _bias(bias: Array | None, linear: LinearMap) -> Array:

@@ -115,8 +115,8 @@ class LinearMap:
         attributes: dict[str, Any] = attributes_of(self.node)
         source = self.node.inputs[1]
         name = source.name if source is not None and source.name else "weight"
-        w = build.constant(narrowed(weight, self.dtype), name)
-        b = None if bias is None else build.constant(narrowed(bias, self.dtype), f"{name}_bias")
+        w = build.folded(weight, self.dtype, name)
+        b = None if bias is None else build.folded(bias, self.dtype, f"{name}_bias", summand=True)
         if self.node.op_type == "MatMul":
             product = build.op("MatMul", x, w)
             return product if b is None else build.op("Add", product, b)
@@ -177,20 +177,6 @@ def _channel_axis(node: ir.Node, value: ir.Value | None) -> int | None:
         return 1
     rank = rank_of(value)
     return None if rank is None else rank - 1
-
-
-def narrowed(array: Array, dtype: ir.DataType) -> ir.TensorProtocol:
-    """A float64 array as a tensor of `dtype`, rounded once."""
-    return ir.tensor(np.ascontiguousarray(array.astype(dtype.numpy())), dtype=dtype)
-
-
-def overflows(array: Array | None, dtype: ir.DataType) -> bool:
-    """Whether rounding to `dtype` makes a finite number infinite."""
-    if array is None or dtype == ir.DataType.DOUBLE:
-        return False
-    with np.errstate(over="ignore"):
-        rounded = array.astype(dtype.numpy()).astype(np.float64)
-    return bool(np.any(np.isfinite(array) & ~np.isfinite(rounded)))
 
 
 def shared_note(nodes: Sequence[ir.Node]) -> str:

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from xform.graph.count import count_node
+from xform.graph.reshape import constant_target
+from xform.graph.rounding import folding_loss
 from xform.graph.values import Array, Dim, constant_tensor, is_op, shape_of, used_once
-from xform.passes.reparameterize.linear_map import narrowed, overflows
 from xform.patterns.block_linear import PRODUCTS, VIEWS, Trace, data_operand, is_batched
 from xform.rewrite.builder import Builder
 from xform.rewrite.matcher import Match, Search
@@ -103,8 +104,9 @@ class Densify(Rule):
             assert refused is None  # as without numbers
         matrix, shift = trace.dense()
         dtype = chain.x.dtype
-        if dtype is None or overflows(matrix, dtype) or overflows(shift, dtype):
-            return Failure("the dense matrix overflows the type of the weights", chain.nodes)
+        loss = "is of unknown type" if dtype is None else folding_loss(matrix, shift, dtype)
+        if dtype is None or loss is not None:
+            return Failure(f"the dense matrix {loss}", chain.nodes)
         return _build(chain, matrix, shift if _shifts(chain.nodes) else None, dtype, build)
 
 
@@ -223,17 +225,8 @@ def _shapes(chain: _Chain, outputs: int) -> _Shapes | None:
     product: tuple[Dim, ...] = (*tokens, outputs)
     if product == wanted:
         return _Shapes(before, None)
-    after: list[int] = []
-    for axis, dim in enumerate(wanted):
-        if isinstance(dim, int):
-            after.append(dim)
-        elif axis < len(product) and product[axis] == dim:
-            after.append(0)
-        elif -1 in after:
-            return None
-        else:
-            after.append(-1)
-    return _Shapes(before, after)
+    after = constant_target(wanted, product)
+    return None if after is None else _Shapes(before, after)
 
 
 def _product(sizes: tuple[Dim, ...]) -> int:
@@ -250,7 +243,7 @@ def _build(chain: _Chain, matrix: Array, shift: Array | None, dtype: ir.DataType
     batched = _first_batched(chain.nodes)
     source = batched.inputs[1 - (data_operand(batched) or 0)]
     name = source.name if source is not None and source.name else "weight"
-    value = build.op("MatMul", value, build.constant(narrowed(matrix, dtype), f"{name}_dense"))
+    value = build.op("MatMul", value, build.folded(matrix, dtype, f"{name}_dense"))
     if shift is not None:
-        value = build.op("Add", value, build.constant(narrowed(shift, dtype), f"{name}_bias"))
+        value = build.op("Add", value, build.folded(shift, dtype, f"{name}_bias", summand=True))
     return value if shapes.result is None else build.op("Reshape", value, shapes.result)

@@ -17,10 +17,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from support import floats, parse
 
-from xform.backends.torch_triton.choose import as_choices, cache_file, choose, settled, torch_alone, wall_seconds
+from xform.backends.torch_triton.choose import CACHE, FILE, as_choices, choose, settled, torch_alone, wall_seconds
 from xform.backends.torch_triton.fuse import counts, fuse
 from xform.backends.torch_triton.kernels import kernels
 from xform.backends.torch_triton.lower import to_torch
+from xform.errors import XformWarning
 
 TEXT = """g (float[2,3,8] x, float[2,3,8] r, float[8] w) => (float[2,3,8] z) {
     s = Add(x, r) n = RMSNormalization(s, w) e = Sigmoid(n) f = Mul(n, e) z = Mul(f, s) }"""
@@ -61,18 +62,32 @@ def test_what_gains_nothing_goes_back_to_torch() -> None:
 def test_decisions_are_remembered_by_shape() -> None:
     module, inputs = module_and_inputs()
     choose(module, inputs, Clock("residual_norm"))
-    assert len(json.loads(cache_file().read_text())) == 2
+    assert len(json.loads((CACHE.path / FILE).read_text())) == 2
     again, clock = module_and_inputs()[0], Clock("gated_unit")
     choose(again, inputs, clock)
     assert clock.calls == 0 and again.code == module.code
 
 
-def test_a_broken_cache_is_measured_again() -> None:
-    cache_file().parent.mkdir(parents=True)
-    cache_file().write_text("{")
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1, 2]",
+        "[" * 100_000,
+        '{"some call": 3}',
+        '{"some call": {"keep": "yes", "kernel_seconds": 1.0, "torch_seconds": 1.0}}',
+        '{"some call": {"keep": true, "kernel_seconds": NaN, "torch_seconds": 1.0}}',
+        '{"some call": {"keep": true, "kernel_seconds": 1.0}}',
+        '{"some call": {"packed": true, "kernel_seconds": 1.0, "torch_seconds": 1.0}}',
+    ],
+)
+def test_a_broken_cache_is_measured_again(content: str) -> None:
+    CACHE.path.mkdir(parents=True)
+    (CACHE.path / FILE).write_text(content)
     module, inputs = module_and_inputs()
-    assert len(choose(module, inputs, wall_seconds)) == 2
-    assert len(json.loads(cache_file().read_text())) == 2
+    with pytest.warns(XformWarning, match="timings of kernels in kernels/kernels.json are ignored"):
+        assert len(choose(module, inputs, wall_seconds)) == 2
+    assert len(json.loads((CACHE.path / FILE).read_text())) == 2
 
 
 def test_what_was_measured_is_said_about_each_place() -> None:
@@ -134,7 +149,7 @@ def test_another_way_of_timing_is_another_decision() -> None:
     module, inputs = module_and_inputs()
     choose(module, inputs, Clock("residual_norm"))
     choose(module_and_inputs()[0], inputs, quick)
-    assert len(json.loads(cache_file().read_text())) == 4
+    assert len(json.loads((CACHE.path / FILE).read_text())) == 4
 
 
 @pytest.mark.parametrize("activation", ["Gelu", 'Gelu <approximate = "tanh">'])

@@ -209,7 +209,7 @@ def test_bad_targets(tmp_path: Path) -> None:
         (tmp_path, "is a folder"),
         (tmp_path / "none" / "m.onnx", "does not exist"),
         (tmp_path / "file" / "m.onnx", "is a file"),
-        (Path("/dev/null"), "no regular file"),
+        (Path("/dev/null"), "not a regular file"),
     ]:
         with pytest.raises(OutputError, match=words) as caught:
             save(make_model(), path)

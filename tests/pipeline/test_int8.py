@@ -165,6 +165,7 @@ def test_the_preset_reports_what_it_did() -> None:
     assert 0 < np.linalg.norm(result({"x": x})["y"] - exact) / np.linalg.norm(exact) < 0.2
 
 
+@pytest.mark.filterwarnings("ignore:CALIBRATED ON RANDOM DATA")
 def test_without_data_it_says_loudly_that_it_calibrated_on_random_numbers() -> None:
     result = xform.optimize(chain(), preset="int8")
     assert any(warning.startswith("CALIBRATED ON RANDOM DATA") for warning in result.report.warnings)
@@ -215,6 +216,7 @@ def test_an_endless_iterable_is_cut() -> None:
     assert len(calibration_batches(chain(), endless())[0]) == MAX_BATCHES
 
 
+@pytest.mark.filterwarnings("ignore:CALIBRATED ON RANDOM DATA")
 def test_random_batches_are_seeded() -> None:
     (first, warning), (again, _) = calibration_batches(chain(), None), calibration_batches(chain(), None)
     assert len(first) == RANDOM_BATCHES and "RANDOM" in warning

@@ -151,7 +151,7 @@ def test_callable_oracle(planted):
         return run_model(model, [inputs])[0]
 
     assert run_pipeline(model, [planted.AddToSum()], oracle=oracle).verification.ok
-    assert len(set(calls)) == 2  # two sizes of the dynamic batch
+    assert {shape[0] for shape in calls} >= {0, 1, 2, 3}  # sizes of the dynamic batch
 
 
 def test_capture_error_is_not_blamed_on_a_pass(planted):

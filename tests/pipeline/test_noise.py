@@ -44,7 +44,8 @@ def rounded(ties: float) -> ir.Model:
 def test_ties_are_noise():
     found = verify(ranking("Identity(p)", 1e-7), rounded(1e-7))
     assert found.ok
-    assert [(e.output, e.agrees, e.noisy) for e in found.outputs] == [("y", True, False), ("best", False, True)]
+    typical = [(e.output, e.agrees, e.noisy) for e in found.outputs if e.inputs == "random inputs"]
+    assert typical == [("y", True, False), ("best", False, True)]
     assert any("rounding alone changes best" in note for note in found.notes)
     assert found.max_rel_error < 1e-6  # of what was compared
 
@@ -79,11 +80,12 @@ def test_tolerance_of_the_user_stands():
 
 def test_nudging_is_seeded_small_and_leaves_the_model_alone(planted):
     model = planted.chain(width=64, dims=("batch", 64))
-    inputs = [{"x": np.ones((2, 64), np.float32)}]
+    inputs = {"x": np.ones((2, 64), np.float32)}
     before = model.graph.initializers["w0"].const_value.numpy().copy()
-    still, once, again = run_model(model, inputs), nudged_outputs(model, inputs, 1), nudged_outputs(model, inputs, 1)
-    assert np.array_equal(once[0]["y"], again[0]["y"])
-    assert 0 < np.abs(once[0]["y"] - still[0]["y"]).max() < 1e-3
+    (still,) = run_model(model, [inputs])
+    once, again = nudged_outputs(model, inputs, 1), nudged_outputs(model, inputs, 1)
+    assert np.array_equal(once["y"], again["y"])
+    assert 0 < np.abs(once["y"] - still["y"]).max() < 1e-3
     assert np.array_equal(model.graph.initializers["w0"].const_value.numpy(), before)
 
 
@@ -93,3 +95,37 @@ def test_within():
     assert not is_within(Difference(1.0, 5.0, False, 10, "x", 2), noise)
     assert not is_within(Difference(1.0, 0.1, False, 10, "x", 100), noise)
     assert not is_within(Difference(1.0, 0.1, False, 10, "x", 2), Difference(0.0, 0.0, True, 10))
+
+
+def cancelling(by: float = 0.0) -> ir.Model:
+    """x w + x v, where some columns of v are -w but for a part that is smaller by 1e5, and `by` is added to one."""
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(64, 64))
+    other = rng.normal(size=(64, 64))
+    other[:, 4:7] = -weight[:, 4:7] + 1e-5 * rng.normal(size=(64, 3))
+    other[:, 5] += by
+    body = """<ir_version: 10, opset_import: ["" : 18]> g (float[4,64] x) => (float[4,64] y)
+        { a = MatMul(x, w) b = MatMul(x, v) y = Add(a, b) }"""
+    proto = onnx.parser.parse_model(body)
+    for name, array in (("w", weight), ("v", other)):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    return ir.from_proto(proto)
+
+
+def summed_first() -> ir.Model:
+    """The same with the weights added in float64, so that nothing cancels any more."""
+    model = cancelling()
+    w, v = (model.graph.initializers[name].const_value.numpy().astype(np.float64) for name in "wv")
+    body = """<ir_version: 10, opset_import: ["" : 18]> g (float[4,64] x) => (float[4,64] y) { y = MatMul(x, w) }"""
+    proto = onnx.parser.parse_model(body)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array((w + v).astype(np.float32), "w"))
+    return ir.from_proto(proto)
+
+
+def test_values_that_rounding_moves_as_much_are_excused_one_by_one():
+    assert verify(cancelling(), summed_first()).ok
+
+
+def test_one_wrong_value_among_noisy_ones_is_an_error():
+    found = verify(cancelling(), cancelling(by=1e-4))
+    assert found.state == "failed"

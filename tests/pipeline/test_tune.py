@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from support import parse
 
 import xform
 from xform.backends import LowerOptions, get_backend
-from xform.errors import TargetError, UsageError
+from xform.errors import TargetError, UsageError, XformWarning
 from xform.pipeline import tune
 from xform.report import latency_worker
 from xform.report.environment import Environment
@@ -261,12 +262,59 @@ def test_the_environment_tells_the_version_of_every_runtime_that_is_installed() 
         assert (package in here.versions) == (find_spec(package) is not None)
 
 
-def test_a_damaged_memory_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def entry(**changed: Any) -> dict[str, Any]:
+    good = {"chosen": "input", "speedups": {"input": 1.0}, "milliseconds": {"input": 1.0}, "failed": {}}
+    return {**good, "remembered": False, "key": KEY, **changed}
+
+
+KEY = "the key"  # stands for the one of the decision
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1, 2]",
+        "null",
+        "[" * 100_000,
+        "9" * 5000,
+        "\xff",
+        {},
+        entry(more=1),
+        entry(key="0" * 32),
+        entry(remembered="yes"),
+        entry(chosen="no candidate"),
+        entry(chosen=["input"]),
+        entry(chosen={}),
+        entry(milliseconds="abc"),
+        entry(milliseconds=None),
+        entry(milliseconds={"input": "1.0"}),
+        entry(milliseconds={"input": float("nan")}),
+        entry(milliseconds={"input": -1.0}),
+        entry(milliseconds={"input": True}),
+        entry(milliseconds={"\x1b[31mfoo": 1.0}),
+        entry(speedups=[1]),
+        entry(speedups={"input": float("inf")}),
+        entry(failed={"input": 3}),
+        entry(failed=["input"]),
+    ],
+)
+def test_a_damaged_memory_is_told_and_measured_again(monkeypatch: pytest.MonkeyPatch, content: Any) -> None:
     key = decide(monkeypatch, Clock([1.0, 2.0])).key
-    file = tune.cache_folder() / f"{key}.json"
-    file.write_text("{")
-    assert not decide(monkeypatch, Clock([1.0, 2.0])).remembered
+    file = tune.CACHE.path / f"{key}.json"
+    text = content if isinstance(content, str) else json.dumps(content).replace(KEY, key)
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.warns(XformWarning, match="tuning decisions in tuning/.* are ignored, and found again"):
+        assert not decide(monkeypatch, Clock([1.0, 2.0])).remembered
     assert decide(monkeypatch, Clock([1.0, 2.0])).remembered
+
+
+def test_what_is_remembered_of_failures_cannot_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = decide(monkeypatch, Clock([1.0, 2.0])).key
+    file = tune.CACHE.path / f"{key}.json"
+    file.write_text(json.dumps(entry(failed={"onnxruntime": "\x1b[31mred"})).replace(KEY, key))
+    decision = decide(monkeypatch, Clock([1.0, 2.0]))
+    assert decision.remembered and decision.failed == {"onnxruntime": "\\x1b[31mred"}
 
 
 def test_a_candidate_that_does_not_run_is_told_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def test_equal(planted):
     model = planted.chain()
     found = verify(model, clone(model))
     assert found.ok and found.max_abs_error == 0
-    assert len(found.cases) == 2
+    assert found.cases[:2] == ("random inputs with batch=2", "random inputs with batch=3")
     assert found.outputs[0].rtol == 1e-4
 
 
@@ -80,7 +80,7 @@ def test_size_constraint_is_found_by_trying_and_told():
     verifier = Verifier(model)
     found = verifier.compare(model)
     assert found.ok
-    assert [case.sizes["seq"] % 32 for case in verifier.cases] in ([0, 0], [0])
+    assert [case.sizes["seq"] % 32 for case in verifier.cases] == [0] * len(verifier.cases)
     assert any("seq=13" in note for note in found.notes)
 
 
@@ -133,7 +133,8 @@ def test_inputs_of_the_user(planted):
     arrays = [{"x": np.full((n, 8), 0.1, np.float32)} for n in (1, 4, 6)]
     verifier = Verifier(model, inputs=arrays)
     assert verifier.compare(model).ok
-    assert [case.arrays["x"].shape[0] for case in verifier.cases] == [1, 4, 6]
+    assert [case.arrays["x"].shape[0] for case in verifier.cases][:3] == [1, 4, 6]
+    assert [case.source for case in verifier.cases[3:]] == ["derived"] * (len(verifier.cases) - 3)
     with pytest.raises(UsageError, match="no input named"):
         verify(model, model, inputs={"nope": arrays[0]["x"]})
 

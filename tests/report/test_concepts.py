@@ -20,6 +20,30 @@ def test_concepts_of_standard_and_runtime_operators() -> None:
     assert count_op_types(model)["com.microsoft.FastGelu"] == 1
 
 
+def test_products_in_int8_count_in_either_form() -> None:
+    model = parse(
+        """g (float[4,8] x, int8[8,8] w, float[8] t, uint8[4,8] q) => (float[4,8] y, int32[4,8] z) {
+        z = MatMulInteger(q, w)
+        d = DequantizeLinear<axis=1>(w, t)
+        a = MatMul(x, d)
+        e = MatMul(a, d)
+        f = Identity(t)
+        y = Mul(e, f)
+        }"""
+    )
+    assert count_concepts(model) == {"int8": 3, "linear": 2}
+
+
+def test_a_decoded_activation_alone_is_not_int8() -> None:
+    model = parse(
+        """g (uint8[4,8] q, float s, float[8,8] w) => (float[4,8] y) {
+        x = DequantizeLinear(q, s)
+        y = MatMul(x, w)
+        }"""
+    )
+    assert count_concepts(model) == {"linear": 1}
+
+
 def test_silu_is_a_product_with_its_own_sigmoid_in_either_order() -> None:
     model = parse(
         """g (float[4] x, float[4] z) => (float[4] y) {
@@ -31,7 +55,7 @@ def test_silu_is_a_product_with_its_own_sigmoid_in_either_order() -> None:
         y = Mul(b, u)
         }"""
     )
-    assert count_concepts(model) == {"silu": 2}
+    assert count_concepts(model) == {"silu": 2, "sigmoid": 1}
 
 
 def test_subgraphs_count() -> None:

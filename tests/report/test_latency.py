@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from xform.errors import TargetError
-from xform.report.latency import Timing, compare, measure
+from xform.report.latency import Timing, compare, figures, measure, typical_rounds
 
 
 def _model(path: Path, products: int) -> Path:
@@ -69,3 +69,28 @@ def test_speedup_is_taken_within_rounds() -> None:
     twice = Timing(Path("b"), (2.0, 4.0, 8.0), 3, 2.0)
     assert drifting.speedup_over(twice) == 2.0
     assert drifting.median_ms == 2.0
+
+
+def test_figures_come_from_the_same_rounds_and_their_quotient_is_the_ratio() -> None:
+    """A machine that is slow in some rounds: medians of all rounds would compare a slow round with a fast one."""
+    slow = (100.0, 100.0, 195.0, 195.0, 195.0, 100.0, 195.0)
+    before = Timing(Path("a"), slow, 7, 100.0, tuple(2 * ms for ms in slow))
+    after = Timing(Path("b"), tuple(ms / 1.2 for ms in slow), 7, 80.0)
+    old, new = figures([before, after])
+    assert old.times_as_fast == 1.0
+    assert new.times_as_fast == pytest.approx(1.2)
+    assert old.p50_ms / new.p50_ms == new.times_as_fast
+    assert old.p90_ms == 2 * old.p50_ms
+
+
+def test_typical_rounds_are_the_middle_half_by_the_time_of_all_models() -> None:
+    first = Timing(Path("a"), (1.0, 9.0, 2.0, 3.0), 4, 1.0)
+    second = Timing(Path("b"), (1.0, 9.0, 2.0, 3.0), 4, 1.0)
+    assert typical_rounds([first, second]) == [2, 3]
+    assert typical_rounds([Timing(Path("a"), (1.0,), 1, 1.0)]) == [0]
+
+
+def test_what_compare_reports_is_consistent(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m.onnx", 2)
+    report = compare(model, model, FEEDS, rounds=5, seconds=0, threads=1)
+    assert report.speedup == report.before_ms / report.after_ms

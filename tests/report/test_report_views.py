@@ -33,9 +33,9 @@ def test_terminal_tells_what_was_done_and_why_not(report: Report) -> None:
     text = _printed(report)
     assert "fold" in text and "10 -> 6" in text
     assert "padded with <zeros>" in text and "c2, b2; c3" in text
-    assert "undone: output y differs" in text
+    assert "rolled back: output y differs" in text
     assert "2.00 times as fast" in text
-    assert "yes on 2 random inputs, largest relative error 2.0e-06" in text
+    assert "yes on 2 random input sets, largest relative error 2.0e-06" in text
     assert "2 x linear: Gemm" in text and "CPUExecutionProvider: 6 nodes" in text
     assert "warning: weights hold NaN" in text
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 from onnx.onnx_cpp2py_export import checker
 
+from xform import limits
+from xform.capture.check_nodes import MAX_RANK, check_attributes
+from xform.capture.functions import Key, call_key, check_functions, function_key
+from xform.capture.walk import node_name, tensors
 from xform.errors import ModelError
 from xform.graph.opset_schema import NEWEST_OPSET, OLDEST_OPSET
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training"})
-OWN_DOMAINS = frozenset({"torch", "xform"})  # what xform itself writes and can run
-MAX_DEPTH = 64  # nested subgraphs; every level is a few Python frames
 
 _Operator = tuple[str, str]
 _T = onnx.TensorProto
@@ -52,9 +54,10 @@ class _Scope:
 @dataclass
 class _Context:
     opsets: dict[str, int]
-    functions: frozenset[_Operator]
+    functions: frozenset[Key]
     checker: checker.CheckerContext
     unsorted: list[str] = field(default_factory=list)
+    in_function: bool = False
 
 
 def check_proto(proto: onnx.ModelProto) -> list[str]:
@@ -67,54 +70,23 @@ def check_proto(proto: onnx.ModelProto) -> list[str]:
     Raises:
         ModelError: Names the node, value or initializer, and what is wrong with it.
     """
-    functions = frozenset((_domain(f.domain), f.name) for f in proto.functions)
+    for tensor, where in tensors(proto):
+        check_tensor(tensor, where)
     opsets = _opsets(proto.opset_import, "the model")
     _check_versions(proto, opsets)
+    check_functions(proto, known_operators())
+    functions = frozenset(map(function_key, proto.functions))
     context = _Context(opsets, functions, _checker_context(opsets, proto.ir_version))
     _check_graph(proto.graph, None, context, 0)
     _check_interface(proto.graph)
     for function in proto.functions:
         own = opsets | _opsets(function.opset_import, f"function {function.name}")
-        inner = _Context(own, functions, _checker_context(own, proto.ir_version), context.unsorted)
+        inner = _Context(own, functions, _checker_context(own, proto.ir_version), context.unsorted, True)
         scope = _Scope(set(function.input), set(function.input))
         _declare(scope, (o for node in function.node for o in node.output), f"function {function.name}")
         _check_nodes(function.node, scope, inner, 0)
         _check_outputs(function.output, scope, f"function {function.name}")
     return context.unsorted
-
-
-def node_name(node: onnx.NodeProto) -> str:
-    """The name a user knows a node by: its own, else its first output's."""
-    name = node.name or next((o for o in node.output if o), "") or "(unnamed)"
-    return f"{name} ({node.op_type})"
-
-
-def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in the model: initializers and tensor attributes, subgraphs and functions included."""
-    yield from _graph_tensors(proto.graph)
-    for function in proto.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attr in node.attribute:
-            if attr.HasField("t"):
-                yield attr.t
-            if attr.HasField("sparse_tensor"):
-                yield attr.sparse_tensor.values
-                yield attr.sparse_tensor.indices
-            yield from attr.tensors
-            for graph in (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs):
-                yield from _graph_tensors(graph)
 
 
 def _domain(domain: str) -> str:
@@ -157,16 +129,13 @@ def _checker_context(opsets: dict[str, int], ir_version: int) -> checker.Checker
 
 
 def _check_graph(graph: onnx.GraphProto, outer: _Scope | None, context: _Context, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise ModelError(f"subgraphs are nested deeper than {MAX_DEPTH} levels", where=graph.name)
+    limits.check("depth", depth, "a nested graph", where=graph.name)
     where = f"graph '{graph.name}'"
     inputs = [value.name for value in graph.input]
     if "" in inputs:
         raise ModelError(f"input {inputs.index('')} of {where} has no name")
     scope = _Scope(set(), set(), outer)
     _declare(scope, inputs, where)
-    for tensor in (*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)):
-        check_tensor(tensor, f"initializer '{tensor.name}'")
     stored = [t.name for t in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
     for name, count in Counter(stored).items():
         if count > 1 and name:
@@ -214,9 +183,9 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], scope: _Scope, context: _Conte
                 )
             context.unsorted.append(node_name(node))
         _check_operator(node, context)
+        if not context.in_function and any(attr.ref_attr_name for attr in node.attribute):
+            raise ModelError("a node outside of functions takes an attribute from a caller", where=node_name(node))
         for attr in node.attribute:
-            for tensor in (*((attr.t,) if attr.HasField("t") else ()), *attr.tensors):
-                check_tensor(tensor, f"attribute '{attr.name}' of {node_name(node)}")
             for graph in (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs):
                 _check_graph(graph, scope, context, depth + 1)
         scope.ready.update(node.output)
@@ -224,8 +193,9 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], scope: _Scope, context: _Conte
 
 def _check_operator(node: onnx.NodeProto, context: _Context) -> None:
     domain = _domain(node.domain)
-    if (domain, node.op_type) in context.functions or domain in OWN_DOMAINS:
+    if call_key(node) in context.functions:
         return
+    check_attributes(node)
     if domain in STANDARD_DOMAINS:
         _check_schema(node, domain, context)
     elif (domain, node.op_type) not in runtime_operators():
@@ -275,6 +245,13 @@ def runtime_operators() -> frozenset[_Operator]:
     return frozenset((s.domain, s.name) for s in state.get_all_operator_schema() if s.domain not in STANDARD_DOMAINS)
 
 
+@functools.cache
+def known_operators() -> frozenset[_Operator]:
+    """(domain, operator) of everything that a runtime knows by itself, at whatever version."""
+    standard = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history()}
+    return runtime_operators() | {(_domain(domain), name) for domain, name in standard}
+
+
 def check_tensor(tensor: onnx.TensorProto, where: str) -> None:
     """Refuse a stored tensor whose type is unknown or whose data is not as long as its shape says.
 
@@ -287,6 +264,8 @@ def check_tensor(tensor: onnx.TensorProto, where: str) -> None:
         raise ModelError(f"a tensor has the unknown data type {tensor.data_type}", where=where) from error
     if dtype == ir.DataType.UNDEFINED or any(dim < 0 for dim in tensor.dims):
         raise ModelError(f"a tensor has no valid type and shape: {dtype.name} {list(tensor.dims)}", where=where)
+    if len(tensor.dims) > MAX_RANK:
+        raise ModelError(f"a tensor has {len(tensor.dims)} axes, more than any runtime takes", where=where)
     if tensor.HasField("segment"):
         raise ModelError("a tensor is stored in segments, which no runtime reads", where=where)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:

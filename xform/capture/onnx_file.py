@@ -16,16 +16,23 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from xform.capture.check_proto import check_proto, tensors
+from xform.capture.check_computed import check_computed
+from xform.capture.check_proto import check_proto
+from xform.capture.check_shapes import check_shapes
 from xform.capture.constants import lift_constants
-from xform.capture.external import check_external
+from xform.capture.external import check_external, check_external_ir, data_files
+from xform.capture.input_shapes import InputShapes, fix_input_shapes
+from xform.capture.loadable import refuse_unloadable
 from xform.capture.read_proto import parse_bytes, parse_file
 from xform.capture.sparse import densify
-from xform.errors import ModelError
+from xform.capture.walk import tensors
+from xform.errors import ModelError, UsageError
 from xform.graph.clone import SOURCE_OPSET, clone
 from xform.graph.opset import IR_OPSET, upgrade
 from xform.graph.shapes import infer_shapes
-from xform.graph.write import SOURCE_PATH, skeleton
+from xform.graph.values import Dim, shape_of
+from xform.graph.write import SOURCE_DATA, SOURCE_PATH, skeleton
+from xform.text import shown
 
 NOTES = "xform.notes"  # key in model.meta: sentences that the user should see about the model
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
@@ -34,12 +41,13 @@ MAX_CHECKED_BYTES = 1 << 30  # weights are searched for NaN up to this many byte
 _CHUNK = 1 << 22
 
 
-def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
+def capture_onnx(source: Source, *, strict: bool = False, input_shapes: InputShapes | None = None) -> ir.Model:
     """Read an ONNX model into the IR: one opset, no functions, no Constant nodes, shapes inferred.
 
     Args:
         source: A path, serialized bytes, a ModelProto, or an onnx_ir model. It is left as it is.
         strict: Refuse what would otherwise only be noted in `meta["xform.notes"]`: NaN weights, an unsorted graph.
+        input_shapes: Sizes for dynamic dims of inputs, see `xform.capture.input_shapes`.
 
     Returns:
         A model whose `meta` carries the opset of the source and notes for the user. Names of inputs, outputs,
@@ -47,15 +55,24 @@ def capture_onnx(source: Source, *, strict: bool = False) -> ir.Model:
 
     Raises:
         ModelError: The source is no well-formed ONNX model, or no runtime could run it; says where and why.
+        UsageError: `input_shapes` does not fit the model.
     """
     try:
-        model = _capture(source, strict)
-    except (ModelError, MemoryError):
+        model = _capture(source, strict, input_shapes or {})
+    except (ModelError, UsageError, MemoryError):
         raise
     except Exception as error:  # parsers and converters raise anything on a damaged model; the cause stays chained
         where = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
         raise ModelError(f"the model could not be read: {root_cause(error)}", where=where) from error
     return model
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model's file and the data files that it points to; only the file where that is not ONNX, as capture tells."""
+    try:
+        return [path, *data_files((tensor for tensor, _ in tensors(parse_file(path))), path.parent)]
+    except ModelError:
+        return [path]
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -86,7 +103,7 @@ def root_cause(error: BaseException) -> str:
     return f"{text} ({type(error).__name__})" if text else type(error).__name__
 
 
-def _capture(source: Source, strict: bool) -> ir.Model:
+def _capture(source: Source, strict: bool, input_shapes: InputShapes) -> ir.Model:
     model, unsorted = _read(source)
     versions = [model.opset_imports.get(""), *(f.opset_imports.get("") for f in model.functions.values())]
     model.meta[SOURCE_OPSET] = max((version for version in versions if version), default=IR_OPSET)
@@ -94,13 +111,42 @@ def _capture(source: Source, strict: bool) -> ir.Model:
     _drop_forced_inputs(model)
     _open_negative_dims(model)
     _load_attribute_tensors(model)
+    _settle_functions(model)
     upgrade(model, max(IR_OPSET, model.meta[SOURCE_OPSET]))
     _inline(model)
     lift_constants(model)
     _unshadow(model.graph, set())
     _note_non_finite(model, strict)
+    fix_input_shapes(model, input_shapes)
+    declared = [(value, value.dtype, shape_of(value)) for value in model.graph.outputs]
     infer_shapes(model)
+    for value, dtype, shape in declared:
+        _compare_declared(model, value, dtype, shape)
+    check_computed(model)
+    check_shapes(model)
+    refuse_unloadable(model)
     return model
+
+
+def _compare_declared(
+    model: ir.Model, value: ir.Value, dtype: ir.DataType | None, shape: tuple[Dim, ...] | None
+) -> None:
+    """Refuse an output that is declared as another dtype than it has; note another shape, which runtimes accept."""
+    if dtype is not None and value.dtype is not None and dtype != value.dtype:
+        raise ModelError(
+            f"an output is declared as {dtype.name}, and the graph computes {value.dtype.name}",
+            where=value.name or "",
+            hint="export the model again, or put a Cast before the output",
+        )
+    found = shape_of(value)
+    if shape is None or found is None:
+        return
+    pairs = zip(shape, found, strict=False)
+    if len(shape) != len(found) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+        notes(model).append(
+            f"output '{shown(value.name)}' is declared with shape {list(shape)}, and the graph computes {list(found)}; "
+            "what it computes counts"
+        )
 
 
 def _read(source: Source) -> tuple[ir.Model, list[str]]:
@@ -125,7 +171,10 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
     if folder is not None and path is not None:
         for graph in (model.graph, *(function.graph for function in model.functions.values())):
             ir.external_data.set_base_dir(graph, folder)
-        model.meta[SOURCE_PATH] = str(path)
+        model.meta[SOURCE_PATH] = os.path.abspath(path)
+        model.meta[SOURCE_DATA] = [
+            os.path.abspath(file) for file in data_files((tensor for tensor, _ in tensors(proto)), folder)
+        ]
     if isinstance(source, onnx.ModelProto):
         _own_tensors(model)
     if proto.training_info:
@@ -136,6 +185,7 @@ def _read(source: Source) -> tuple[ir.Model, list[str]]:
 
 
 def _copy_model(source: ir.Model) -> tuple[ir.Model, list[str]]:
+    check_external_ir(source)
     proto = skeleton(source)
     unsorted = check_proto(proto)
     model = clone(source)
@@ -256,6 +306,13 @@ def _load_attribute_tensors(model: ir.Model) -> None:
                     node.attributes[name] = ir.AttrTensor(
                         name, ir.Tensor(tensor.numpy().copy(), tensor.dtype, shape=tensor.shape, name=tensor.name)
                     )
+
+
+def _settle_functions(model: ir.Model) -> None:
+    """Let functions be at the model's opsets, where `check_functions` has seen that this changes nothing."""
+    for function in model.functions.values():
+        for domain in set(function.opset_imports) & set(model.opset_imports):
+            function.opset_imports[domain] = model.opset_imports[domain]
 
 
 def _inline(model: ir.Model) -> None:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import numpy_helper
 
+from xform import limits
+from xform.capture.check_nodes import MAX_RANK
 from xform.errors import ModelError
 
 Body = onnx.GraphProto | onnx.FunctionProto
-MAX_ELEMENTS = 1 << 28  # of one tensor once dense; beyond that, a sparse tensor is refused
 
 
 def densify(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model with dense constants instead of sparse ones: `proto` itself if it has none, else a copy.
 
     Raises:
-        ModelError: Indices outside the shape, or a dense tensor of more than `MAX_ELEMENTS`.
+        ModelError: Indices outside the shape, or values and indices that do not fit each other.
+        LimitError: `constants`: all of them together would be too large.
     """
     bodies: list[Body] = [proto.graph, *proto.functions]
-    if not any(_has_sparse(body) for body in bodies):
+    found = [sparse for body in bodies for sparse in _sparse(body)]
+    if not found:
         return proto
+    dense = sum(_dense_bytes(sparse) for sparse in found)
+    limits.check("constants", dense, "making the sparse tensors dense", brought=sum(s.ByteSize() for s in found))
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for body in (copy.graph, *copy.functions):
@@ -30,15 +37,27 @@ def densify(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _has_sparse(body: Body) -> bool:
-    if isinstance(body, onnx.GraphProto) and body.sparse_initializer:
-        return True
+def _sparse(body: Body) -> Iterator[onnx.SparseTensorProto]:
+    """The sparse tensors of a graph or function, those of nested graphs included."""
+    if isinstance(body, onnx.GraphProto):
+        yield from body.sparse_initializer
     for node in body.node:
         for attr in node.attribute:
-            inner = (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs)
-            if attr.HasField("sparse_tensor") or any(_has_sparse(g) for g in inner):
-                return True
-    return False
+            if attr.HasField("sparse_tensor"):
+                yield attr.sparse_tensor
+            for inner in (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs):
+                yield from _sparse(inner)
+
+
+def _dense_bytes(sparse: onnx.SparseTensorProto) -> int:
+    name = sparse.values.name
+    if any(dim < 0 for dim in sparse.dims) or len(sparse.dims) > MAX_RANK:
+        raise ModelError("a sparse tensor has a shape that is none", where=name)
+    if sparse.values.data_type == onnx.TensorProto.STRING:
+        raise ModelError("a sparse tensor of strings has no zeros", where=name)
+    if sparse.indices.data_type != onnx.TensorProto.INT64:
+        raise ModelError("a sparse tensor has indices that are not int64", where=name)
+    return int(math.prod(sparse.dims) * max(ir.DataType(sparse.values.data_type).bitwidth, 8) // 8)
 
 
 def _densify(body: Body) -> None:
@@ -61,8 +80,6 @@ def to_dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     """The dense tensor of a sparse one; indices are linear (rank 1) or one row per value (rank 2)."""
     name, dims = sparse.values.name, tuple(sparse.dims)
     size = math.prod(dims)
-    if any(dim < 0 for dim in dims) or size > MAX_ELEMENTS:
-        raise ModelError(f"a sparse tensor of shape {list(dims)} is too large to be made dense", where=name)
     values = numpy_helper.to_array(sparse.values)
     indices = numpy_helper.to_array(sparse.indices)
     if indices.ndim == 2:

@@ -15,8 +15,11 @@ from typing import Annotated
 import typer
 
 from xform.cli import bench, bisect, diff, doctor, explain, inspect, optimize, passes, verify
-from xform.cli.common import Session, first_line
+from xform.cli.command import Command
+from xform.cli.common import first_line
+from xform.cli.session import Session
 from xform.errors import UsageError, XformError
+from xform.text import shown
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -24,28 +27,29 @@ INTERNAL = 1
 
 # typer brings its own copy of click from some version on; its errors share this base in either case
 _ClickError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 
 def _build_app() -> typer.Typer:
     app = typer.Typer(
-        add_completion=False,
+        context_settings=_HELP,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         help="Optimize trained networks; every rewrite verified, nothing silent.",
     )
     app.callback()(_root)
-    for name, command in (
-        ("optimize", optimize.optimize),
-        ("inspect", inspect.inspect),
-        ("explain", explain.explain),
-        ("verify", verify.verify),
-        ("bisect", bisect.bisect),
-        ("diff", diff.diff),
-        ("bench", bench.bench),
-        ("passes", passes.passes),
-        ("doctor", doctor.doctor),
+    for module, command in (
+        (optimize, optimize.optimize),
+        (inspect, inspect.inspect),
+        (explain, explain.explain),
+        (verify, verify.verify),
+        (bisect, bisect.bisect),
+        (diff, diff.diff),
+        (bench, bench.bench),
+        (passes, passes.passes),
+        (doctor, doctor.doctor),
     ):
-        app.command(name)(command)
+        app.command(command.__name__, cls=Command, epilog=module.EXAMPLES, context_settings=_HELP)(command)
     return app
 
 
@@ -73,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     session = Session(json="--json" in arguments, debug="--debug" in arguments)
-    code = _run(arguments, session)
+    with session.opened():
+        code = _run(arguments, session)
     try:
         session.finish(code)
     except BrokenPipeError:  # the reader of stdout has gone; Python must not try to flush it again at exit
@@ -109,7 +114,7 @@ def _dispatch(argv: list[str], session: Session) -> int:
     except _ClickError as error:
         return session.fail(_usage_error(error))
     except (KeyboardInterrupt, typer.Abort):
-        session.say("interrupted", style="red")
+        session.complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         return 0
@@ -133,13 +138,13 @@ def _internal(error: Exception, session: Session) -> int:
     session.document["error"] = {"kind": "internal", "what": summary, "where": [], "hint": "run again with --debug"}
     _trace(session)
     more = "" if session.debug else " (a bug in xform; run again with --debug for the traceback)"
-    session.say(f"internal error: {summary}{more}", style="red", soft_wrap=True)
+    session.complain(f"internal error: {shown(summary, 1000)}{more}")
     return INTERNAL
 
 
 def _trace(session: Session) -> None:
     if session.debug:
-        session.say(traceback.format_exc(), soft_wrap=True)
+        session.complain(traceback.format_exc())
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -10,15 +10,20 @@ from xform.cli.common import (
     Debug,
     InputsPath,
     Json,
+    LimitTexts,
     ModelPath,
     PassNames,
     Preset,
+    Quiet,
     Seed,
     Session,
     Settings,
     Sizes,
     TargetText,
     ToleranceOption,
+    examples,
+    in_limits,
+    model_source,
     parse_sizes,
     read_inputs,
     session_of,
@@ -27,9 +32,12 @@ from xform.cli.pass_options import requested_passes
 from xform.cli.progress import progress_bar
 from xform.errors import VerificationError
 from xform.report.terminal import facts_table
+from xform.text import shown
 
 if TYPE_CHECKING:
     from xform.pipeline.bisect import BisectResult
+
+EXAMPLES = examples("xform bisect model.onnx --preset int8 --inputs real.npz")
 
 
 def bisect(
@@ -43,6 +51,8 @@ def bisect(
     size: Sizes = None,
     tolerance: ToleranceOption = None,
     seed: Seed = 0,
+    limit: LimitTexts = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -52,20 +62,21 @@ def bisect(
 
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)
-    with progress_bar(session, "reading") as advance:
+    sizes = parse_sizes(size)
+    with in_limits(limit), progress_bar(session, "reading") as advance:
         result = search(
-            capture_onnx(model),
+            capture_onnx(model_source(model)),
             wanted,
             target=target,
             inputs=read_inputs(inputs),
-            sizes=parse_sizes(size),
+            sizes=sizes,
             tolerance=tolerance,
             progress=advance,
             seed=seed,
         )
     session.document.update({"model": str(model), "passes": [p.name for p in wanted], **result.as_dict()})
     if not result.found:
-        session.say(f"all {len(wanted)} passes keep the numbers", style="green")
+        session.show(f"all {len(wanted)} passes keep the numbers", style="green")
         return
     _show(session, result)
     raise VerificationError(
@@ -80,7 +91,7 @@ def _show(session: Session, result: BisectResult) -> None:
     if result.rule:
         rows.append(("first bad rewrite", f"{result.rule}, application {result.application}"))
     if result.nodes:
-        rows.append(("at", ", ".join(result.nodes)))
+        rows.append(("at", ", ".join(map(shown, result.nodes))))
     if result.divergence is not None:
         rows += [(f"first difference: {name}", str(value)) for name, value in vars(result.divergence).items()]
-    session.say(facts_table(rows))
+    session.show(facts_table(rows))

@@ -1,143 +1,225 @@
-"""What all commands share: the session (where output goes), common options, and reading arguments.
+"""What all commands share: common options, and reading arguments.
 
-Human output goes to stderr; stdout carries one JSON document with `--json`, or the text that was asked for (a dump).
 Heavy packages are imported by the commands, inside their functions: `xform --help` takes a fraction of a second.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import os
 import re
 import sys
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from xform.errors import UsageError, XformError
+from xform.cli.session import Session, session_of
+from xform.errors import UsageError
+from xform.text import shown
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_WIDTH_OF_LOGS = 140  # characters a line where stderr is no terminal
+__all__ = ["Session", "session_of"]
+
+STANDARD = Path("-")  # in place of a file: stdin for a model that is read, stdout for one that is written
+MAX_STDIN = 1 << 31  # bytes; one protobuf holds no more
+
+# Panels of --help, in the order in which they are shown
+IN = "What goes in"
+OUT = "What comes out"
+RUN = "What runs"
+CHECK = "Verification"
+DEMAND = "Demands"
+WHERE = "Target"
+COMMON = "Common"
+
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-class Session:
-    """One invocation of the command line.
-
-    Attributes:
-        json: Whether stdout carries one JSON document.
-        debug: Whether errors come with a traceback.
-        document: The JSON document so far; a failing command may have filled it before it failed.
-        stderr: Where human output goes.
-    """
-
-    def __init__(self, *, json: bool = False, debug: bool = False) -> None:
-        self.json = json
-        self.debug = debug
-        self.document: dict[str, Any] = {}
-        width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_LOGS
-        self.stderr = Console(stderr=True, highlight=False, width=width)
-        self._stdout: TextIO = sys.stdout
-        if json:  # what libraries print must not get into the document
-            sys.stdout = sys.stderr
-
-    def say(self, text: object = "", **style: Any) -> None:
-        """Print for humans, on stderr; `text` may be any rich renderable, and plain text is never taken for markup."""
-        self.stderr.print(text, markup=False, **style)
-
-    def write(self, text: str) -> None:
-        """Write the text that the command was asked for to stdout."""
-        self._stdout.write(text if text.endswith("\n") else text + "\n")
-
-    def fail(self, error: XformError) -> int:
-        """Tell of a deliberate error and return its exit code."""
-        code = type(error).exit_code
-        self.document["error"] = {
-            "kind": type(error).__name__,
-            "what": error.what,
-            "where": list(error.where),
-            "hint": error.hint,
-        }
-        self.say(f"error: {error}", style="red", soft_wrap=True)
-        return code
-
-    def finish(self, code: int) -> None:
-        """Print the document, if one was asked for, and give stdout back."""
-        sys.stdout = self._stdout
-        if self.json:
-            from xform.report.schema import plain
-
-            json.dump(plain({**self.document, "exit_code": code}), self._stdout, indent=2, allow_nan=False)
-            self._stdout.write("\n")
-        self._stdout.flush()
-
-
-def session_of(context: typer.Context) -> Session:
-    """The session of a command's context."""
+def _quiet(context: typer.Context, value: bool) -> None:
     session = context.find_object(Session)
-    if session is None:
-        raise RuntimeError("a command ran outside main()")
-    return session
+    if session is not None and value:
+        session.quiet = True
 
 
-# main() reads these two itself, so that they hold for usage errors too; here they are declared and documented
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.", show_default=False)]
-TargetText = Annotated[str, typer.Option("--target", help="cpu, cuda, edge or edge:<arch>.")]
-Preset = Annotated[str, typer.Option("--preset", help="Named list of passes: exact, or another of `xform passes`.")]
+# main() reads --json and --debug itself, so that they hold for usage errors too; here they are declared and documented
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=COMMON)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=COMMON)]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "-q",
+        "--quiet",
+        help="Print results, warnings and errors only.",
+        callback=_quiet,
+        expose_value=False,
+        rich_help_panel=COMMON,
+    ),
+]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="ONNX file; - reads it from stdin.", show_default=False)
+]
+TargetText = Annotated[str, typer.Option("--target", help="cpu, or cuda.", rich_help_panel=WHERE)]
+Preset = Annotated[
+    str,
+    typer.Option("--preset", help="Named list of passes: exact, or another of `xform passes`.", rich_help_panel=RUN),
+]
 PassNames = Annotated[
-    str | None, typer.Option("--passes", help="Passes to run instead of the preset, comma separated, in this order.")
+    str | None,
+    typer.Option(
+        "--passes", help="Passes to run instead of the preset, comma separated, in this order.", rich_help_panel=RUN
+    ),
 ]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Option of a pass; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Option of a pass; may be repeated.", rich_help_panel=RUN),
 ]
 InputsPath = Annotated[
-    Path | None, typer.Option("--inputs", help="Inputs to verify on: .npz with one array per input name.")
+    Path | None,
+    typer.Option("--inputs", help="Inputs to run on: .npz with one array per input name.", rich_help_panel=IN),
 ]
 Dynamic = Annotated[
     list[str] | None,
-    typer.Option("--dynamic", metavar="auto|NAME=MIN:MAX", help="Range of a dynamic dimension; may be repeated."),
+    typer.Option(
+        "--dynamic",
+        metavar="auto|NAME=MIN:MAX",
+        help="Range of a dynamic dimension; may be repeated.",
+        rich_help_panel=IN,
+    ),
 ]
 Sizes = Annotated[
-    list[str] | None, typer.Option("--size", metavar="NAME=N", help="Number for a dynamic dimension; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--size", metavar="NAME=N", help="Number for a dynamic dimension; may be repeated.", rich_help_panel=IN
+    ),
+]
+LimitTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="NAME=VALUE",
+        help="Raise a limit on what the model may ask for: memory or constants (sizes as 16GiB), nodes, depth, "
+        "seconds; may be repeated.",
+        rich_help_panel=IN,
+    ),
 ]
 ToleranceOption = Annotated[
-    float | None, typer.Option("--tolerance", help="Relative error that verification accepts instead of its table's.")
+    float | None,
+    typer.Option(
+        "--tolerance", help="Relative error that verification accepts instead of its table's.", rich_help_panel=CHECK
+    ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the random inputs.")]
-VerifyMode = Annotated[str, typer.Option("--verify", help="each (after every pass), final or off.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the random inputs.", rich_help_panel=CHECK)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="Threads of one operator; the runtime's default if absent.", rich_help_panel=WHERE
+    ),
+]
+VerifyMode = Annotated[
+    str, typer.Option("--verify", help="each (after every pass), final or off.", rich_help_panel=CHECK)
+]
+
+
+def examples(*lines: str) -> str:
+    """Examples for the end of a command's help."""
+    return "\n\n".join(["Examples:", *lines])
+
+
+def model_source(path: Path) -> Path | bytes:
+    """What to capture: the file, or with `-` the bytes of stdin. Raises UsageError where stdin is a terminal."""
+    if path != STANDARD:
+        return path
+    if sys.stdin.isatty():
+        raise UsageError("- reads the model from stdin, and that is a terminal", hint="xform COMMAND - < model.onnx")
+    data = sys.stdin.buffer.read(MAX_STDIN + 1)
+    if len(data) > MAX_STDIN:
+        raise UsageError("the model on stdin is larger than one ONNX file can be", hint="give its file")
+    return data
+
+
+def no_standard(path: Path | None, option: str, instead: str) -> None:
+    """Refuse `-` where it has no meaning. Raises UsageError."""
+    if path == STANDARD:
+        raise UsageError(f"{option} takes a file, not -", hint=f"{instead}; a file named - is written ./-")
+
+
+def in_limits(texts: Sequence[str] | None) -> AbstractContextManager[None]:
+    """The limits of `--limit`, in force inside. Raises UsageError."""
+    from xform.limits import limited, limits_of
+
+    return limited(limits_of(parse_limits(texts)))
+
+
+def parse_limits(texts: Sequence[str] | None) -> dict[str, float] | None:
+    """`["memory=16GiB", "nodes=1000"]` to {"memory": 17179869184, "nodes": 1000}; nothing to None.
+
+    Raises:
+        UsageError: Not of this form, an unknown limit, one given twice, or a value that is not a number above 0.
+    """
+    from xform.limits import UNITS, limits_of
+
+    limits: dict[str, float] = {}
+    for text in texts or ():
+        name, given, value = (part.strip() for part in text.partition("="))
+        if not given or not value:
+            raise UsageError(f"--limit {shown(text)!r} is not a limit", hint="write NAME=VALUE, such as memory=16GiB")
+        if name in limits:
+            raise UsageError(f"--limit {name} was given twice")
+        what = f"--limit {shown(text)!r}"
+        limits[name] = parse_size(value, f"{what}: ") if UNITS.get(name) == "bytes" else _number(value, what)
+    limits_of(limits)
+    return limits or None
+
+
+def _number(text: str, what: str) -> float:
+    match = re.fullmatch(r"\d+(\.\d+)?", text)
+    if match is None:
+        raise UsageError(f"{what}: {shown(text)!r} is not a number")
+    return float(text) if match[1] else int(text)
+
+
+def parse_input_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int | str, ...]] | None:
+    """`["x:1,3,224,224", "ids:batch,-1"]` to {"x": (1, 3, 224, 224), "ids": ("batch", -1)}; nothing to None.
+
+    Raises:
+        UsageError: Not of this form, or an input given twice.
+    """
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    for text in texts or ():
+        name, given, dims = text.strip().rpartition(":")  # the last one: a name may hold colons
+        parts = [part.strip() for part in dims.split(",")] if dims.strip() else []
+        if not given or not name or not all(re.fullmatch(r"-1|\d{1,18}|[A-Za-z_]\w*", part) for part in parts):
+            raise UsageError(
+                f"--input-shape {shown(text)!r} is not a shape",
+                hint="write NAME:DIM,DIM,..., such as x:1,3,224,224 or x:batch,3,224,224",
+            )
+        if name in shapes:
+            raise UsageError(f"--input-shape gives input {shown(name)!r} twice")
+        shapes[name] = tuple(part if part[0].isalpha() or part[0] == "_" else int(part) for part in parts)
+    return shapes or None
 
 
 def read_inputs(path: Path | None) -> dict[str, npt.NDArray[Any]] | None:
     """Arrays by input name from an .npz file; None without a path.
 
     Raises:
-        UsageError: The file is missing, is no .npz, or holds pickled objects (which are never loaded).
+        UsageError: The file cannot be read or trusted, or nothing can be learned from its arrays: see `read_npz` and
+            `check_useful`.
     """
-    import numpy as np
+    from xform.pipeline.given import check_useful
+    from xform.pipeline.npz import read_npz
 
     if path is None:
         return None
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UsageError("inputs are no .npz archive", where=str(path), hint=_NPZ_HINT)
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UsageError(f"inputs could not be read: {first_line(error)}", where=str(path), hint=_NPZ_HINT) from error
-
-
-_NPZ_HINT = "write them with numpy.savez(path, input_name=array, ...)"
+    no_standard(path, "--inputs", "write the arrays to an .npz file")
+    arrays = read_npz(path, "the inputs file")
+    check_useful(arrays, "the inputs file", str(path))
+    return arrays
 
 
 def parse_dynamic(texts: Sequence[str] | None) -> str | dict[str, tuple[int, int]] | None:
@@ -150,7 +232,9 @@ def parse_dynamic(texts: Sequence[str] | None) -> str | dict[str, tuple[int, int
     for text in texts:
         match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text.strip())
         if match is None or int(match[2]) > int(match[3]):
-            raise UsageError(f"--dynamic {text!r} is no range", hint="write auto, or NAME=MIN:MAX such as batch=1:8")
+            raise UsageError(
+                f"--dynamic {shown(text)!r} is not a range", hint="write auto, or NAME=MIN:MAX such as batch=1:8"
+            )
         ranges[match[1].strip()] = (int(match[2]), int(match[3]))
     return ranges
 
@@ -159,18 +243,22 @@ def parse_sizes(texts: Sequence[str] | None) -> dict[str, int] | None:
     """`["batch=4"]` to {"batch": 4}; nothing to None. Raises UsageError."""
     sizes: dict[str, int] = {}
     for text in texts or ():
-        match = re.fullmatch(r"([^=]+)=(\d+)", text.strip())
+        match = re.fullmatch(r"([^=]+)=(\d{1,18})", text.strip())
         if match is None:
-            raise UsageError(f"--size {text!r} is no size of a dimension", hint="write NAME=N, such as batch=4")
+            raise UsageError(
+                f"--size {shown(text)!r} is not a size of a dimension", hint="write NAME=N, such as batch=4"
+            )
         sizes[match[1].strip()] = int(match[2])
     return sizes or None
 
 
-def parse_size(text: str) -> int:
-    """`"50MB"`, `"1.5GiB"`, `"1024"` to bytes. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+def parse_size(text: str, what: str = "") -> int:
+    """`"50MB"`, `"1.5GiB"`, `"1024"` to bytes. Raises UsageError, its text begun with `what`."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
-        raise UsageError(f"{text!r} is no size", hint="write bytes, or a number with KB, MB, GB, KiB, MiB or GiB")
+        raise UsageError(
+            f"{what}{shown(text)!r} is not a size", hint="write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
+        )
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -178,7 +266,7 @@ def verify_mode(text: str) -> Literal["off", "final", "each"]:
     """A mode of verification. Raises UsageError on anything else."""
     modes: dict[str, Literal["off", "final", "each"]] = {"off": "off", "final": "final", "each": "each"}
     if text not in modes:
-        raise UsageError(f"--verify {text!r} is unknown", hint="use each, final or off")
+        raise UsageError(f"--verify {shown(text)!r} is unknown", hint="use each, final or off")
     return modes[text]
 
 
@@ -186,7 +274,7 @@ def tune_mode(text: str) -> Literal["off", "quick", "full"]:
     """How thoroughly lowerings are timed. Raises UsageError on anything else."""
     modes: dict[str, Literal["off", "quick", "full"]] = {"off": "off", "quick": "quick", "full": "full"}
     if text not in modes:
-        raise UsageError(f"--tune {text!r} is unknown", hint="use off, quick or full")
+        raise UsageError(f"--tune {shown(text)!r} is unknown", hint="use off, quick or full")
     return modes[text]
 
 
@@ -198,7 +286,7 @@ def split_names(text: str | None) -> list[str] | None:
 def closest(name: str, known: Iterable[str]) -> str:
     """A hint that names what the user may have meant, or else all that is known."""
     names = sorted(known)
-    matches = difflib.get_close_matches(name, names, n=1)
+    matches = difflib.get_close_matches(name[:200], names, n=1)
     return f"did you mean {matches[0]!r}?" if matches else f"known are {', '.join(names)}"
 
 
@@ -218,4 +306,4 @@ def first_line(error: BaseException) -> str:
 
 def describe(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
     """`{"x": array}` to "x float32[2,3]"."""
-    return ", ".join(f"{n} {a.dtype}[{','.join(map(str, a.shape))}]" for n, a in arrays.items())
+    return ", ".join(f"{shown(n)} {a.dtype}[{','.join(map(str, a.shape))}]" for n, a in arrays.items())

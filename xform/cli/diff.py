@@ -8,20 +8,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xform.cli.common import Debug, Json, Session, session_of
+from xform.cli.common import (
+    OUT,
+    Debug,
+    Json,
+    LimitTexts,
+    Quiet,
+    Session,
+    examples,
+    in_limits,
+    model_source,
+    no_standard,
+    session_of,
+)
 from xform.report.terminal import plain_table
+from xform.text import shown
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _SHOWN = 40
+_WIDE = 500  # characters of one line
+
+EXAMPLES = examples("xform diff model.onnx fast.onnx", "xform diff model.onnx fast.onnx --text | less")
 
 
 def diff(
     context: typer.Context,
-    a: Annotated[Path, typer.Argument(metavar="A", help="ONNX file.", show_default=False)],
+    a: Annotated[Path, typer.Argument(metavar="A", help="ONNX file; - reads it from stdin.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="ONNX file.", show_default=False)],
-    text: Annotated[bool, typer.Option("--text", help="Print a unified diff of the two dumps on stdout.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Print a unified diff of the two dumps instead.", rich_help_panel=OUT)
+    ] = False,
+    limit: LimitTexts = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -35,7 +55,9 @@ def diff(
     from xform.report.concepts import count_op_types
 
     session = session_of(context)
-    first, second = capture_onnx(a), capture_onnx(b)
+    no_standard(b, "B", "only A can come from stdin")
+    with in_limits(limit):
+        first, second = capture_onnx(model_source(a)), capture_onnx(b)
     operators = compare_counts(count_op_types(first), count_op_types(second))
     document = {
         "interface": _interface_changes(first, second),
@@ -47,8 +69,9 @@ def diff(
         (document["interface"], operators, *(document[k] for k in ("removed", "added", "changed")))
     )
     session.document.update(document)
-    _show(session, document)
-    if text and not session.json:
+    if not text:
+        _show(session, document)
+    elif not session.json:
         import difflib
 
         lines = difflib.unified_diff(dump(first).splitlines(), dump(second).splitlines(), str(a), str(b), lineterm="")
@@ -130,10 +153,10 @@ def _interface_changes(first: ir.Model, second: ir.Model) -> list[str]:
 
 def _show(session: Session, document: dict[str, Any]) -> None:
     if document["same"]:
-        session.say("the graphs are the same in structure", style="green")
+        session.show("the graphs are the same in structure", style="green")
         return
     for line in document["interface"]:
-        session.say(line, style="yellow", soft_wrap=True)
+        session.show(shown(line, _WIDE), style="yellow", soft_wrap=True)
     if document["operators"]:
         table = plain_table()
         table.add_column("operator")
@@ -141,12 +164,12 @@ def _show(session: Session, document: dict[str, Any]) -> None:
             table.add_column(name, justify="right")
         for op, (before, after) in document["operators"].items():
             table.add_row(op, str(before), str(after), f"{after - before:+d}")
-        session.say(table)
+        session.show(table)
     for kind, mark in (("removed", "-"), ("added", "+"), ("changed", "~")):
         entries = document[kind]
-        session.say(f"{len(entries)} nodes {kind}", style="bold")
+        session.show(f"{len(entries)} nodes {kind}", style="bold")
         for entry in entries[:_SHOWN]:
             what = entry["op"] if "op" in entry else f"{entry['before']} -> {entry['after']}"
-            session.say(f"  {mark} {entry['name']}: {what}", soft_wrap=True)
+            session.show(f"  {mark} {shown(entry['name'])}: {shown(what, _WIDE)}", soft_wrap=True)
         if len(entries) > _SHOWN:
-            session.say(f"  and {len(entries) - _SHOWN} more (all of them with --json)", style="dim")
+            session.show(f"  and {len(entries) - _SHOWN} more (all of them with --json)", style="dim")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from xform.cli.common import Debug, Json, session_of
+from xform.cli.common import Debug, Json, Quiet, examples, session_of
+
+EXAMPLES = examples("xform doctor")
 
 
-def doctor(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+def doctor(context: typer.Context, quiet: Quiet = False, json: Json = False, debug: Debug = False) -> None:
     """Show versions, the processor's features, and which backends are available for which targets.
 
     A missing backend is information here, not an error: the exit code is 0.
@@ -51,4 +53,4 @@ def doctor(context: typer.Context, json: Json = False, debug: Debug = False) -> 
     ]
     for name, kinds in backends.items():
         rows += [(name, f"{kind}: {missing or 'available'}") for kind, missing in kinds.items()]
-    session.say(facts_table(rows))
+    session.show(facts_table(rows))

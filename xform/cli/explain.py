@@ -10,14 +10,19 @@ from xform.cli.common import (
     Debug,
     InputsPath,
     Json,
+    LimitTexts,
     ModelPath,
     PassNames,
     Preset,
+    Quiet,
     Session,
     Settings,
     TargetText,
     VerifyMode,
     closest,
+    examples,
+    in_limits,
+    model_source,
     read_inputs,
     session_of,
     verify_mode,
@@ -26,11 +31,14 @@ from xform.cli.pass_options import requested_passes
 from xform.cli.progress import progress_bar
 from xform.errors import UsageError
 from xform.report.terminal import findings, findings_table
+from xform.text import shown
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from xform.rewrite.remarks import Remark
+
+EXAMPLES = examples("xform explain model.onnx", "xform explain model.onnx attention | grep layers.3")
 
 
 def explain(
@@ -45,6 +53,8 @@ def explain(
     set_: Settings = None,
     inputs: InputsPath = None,
     verify: VerifyMode = "final",
+    limit: LimitTexts = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -52,37 +62,50 @@ def explain(
     from xform.capture.onnx_file import capture_onnx
     from xform.passes import PASSES
     from xform.pipeline.manager import run_pipeline
-    from xform.report.concepts import CONCEPTS, count_concepts
+    from xform.report.concepts import ALIASES, CONCEPTS, TOPICS, count_concepts, with_concepts
+    from xform.report.explanation import heading, topics_of
 
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)
-    feeds = read_inputs(inputs)
-    with progress_bar(session, "reading") as advance:
-        result = run_pipeline(
-            capture_onnx(model),
-            wanted,
-            target=target,
-            verify=verify_mode(verify),
-            inputs=feeds,
-            progress=advance,
-        )
+    name = ALIASES.get(concept, concept) if concept is not None else None
+    with in_limits(limit):
+        feeds = read_inputs(inputs)
+        captured = capture_onnx(model_source(model))
+        with progress_bar(session, "reading") as advance:
+            result = run_pipeline(
+                captured,
+                wanted,
+                target=target,
+                verify=verify_mode(verify),
+                inputs=feeds,
+                progress=advance,
+            )
     for remark in _of_backend(result.model, target):
         result.remarks.add(remark)
-    remarks = list(result.remarks) if concept is None else result.remarks.about(concept)
-    if concept is not None and not remarks and concept not in {*CONCEPTS, *PASSES}:
-        known = {*CONCEPTS, *PASSES, *(r.concept for r in result.remarks), *(r.rule for r in result.remarks)} - {""}
-        raise UsageError(f"nothing is known about {concept!r}", hint=closest(concept, known))
+    every = with_concepts(result.remarks, captured)
+    remarks = every if name is None else [remark for remark in every if remark.is_about(name) or name in remark.rule]
+    if name is not None and not remarks and name not in {*CONCEPTS, *TOPICS, *PASSES}:
+        known = {
+            *CONCEPTS,
+            *TOPICS,
+            *PASSES,
+            *(remark.rule for remark in every),
+            *(t for r in every for t in topics_of(r)),
+        }
+        raise UsageError(f"nothing is known about {shown(name)!r}", hint=closest(name, known - {""}))
     counts = count_concepts(result.model)
     session.document.update(
         {
             "model": str(model),
-            "concept": concept,
-            "found": counts if concept is None else {concept: counts.get(concept, 0)},
+            "concept": name,
+            "found": counts if name is None else {name: counts.get(name, 0)},
             "remarks": [remark.as_dict() for remark in remarks],
         }
     )
-    if concept in CONCEPTS:
-        session.say(f"{counts.get(concept, 0)} {concept} in the result", style="bold")
+    if name is not None:
+        session.show(heading(result.model, name, bool(remarks)), style="bold", soft_wrap=True)
+    elif not remarks:
+        session.show("no pass did anything")
     show_remarks(session, remarks)
 
 
@@ -101,14 +124,12 @@ def _of_backend(graph: ir.Model, target: str) -> list[Remark]:
 
 def show_remarks(session: Session, remarks: list[Remark]) -> None:
     """All remarks by verdict."""
-    if not remarks:
-        session.say("no pass did, or nearly did, anything about it")
-    for verdict, heading in (
+    for verdict, title in (
         ("applied", "done"),
-        ("missed", "nearly, and why not"),
-        ("rolled_back", "undone, and why"),
+        ("missed", "near misses, and why"),
+        ("rolled_back", "rolled back, and why"),
     ):
         found = findings(remark for remark in remarks if remark.verdict == verdict)
         if found:
-            session.say(f"\n{heading}", style="bold")
-            session.say(findings_table(found))
+            session.show(f"\n{title}", style="bold")
+            session.show(findings_table(found))

@@ -9,35 +9,64 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from xform.cli.common import Debug, Json, ModelPath, Session, Sizes, human_bytes, parse_sizes, session_of
+from xform.cli.common import (
+    OUT,
+    Debug,
+    Json,
+    LimitTexts,
+    ModelPath,
+    Quiet,
+    Session,
+    Sizes,
+    examples,
+    human_bytes,
+    in_limits,
+    model_source,
+    parse_sizes,
+    session_of,
+)
 from xform.report.terminal import facts_table, plain_table
+from xform.text import shown
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from xform.graph.count import ModelCounts, NodeCounts
 
+EXAMPLES = examples("xform inspect model.onnx", "xform inspect model.onnx --counts --size batch=8")
+
 
 def inspect(
     context: typer.Context,
     model: ModelPath,
     counts: Annotated[
-        bool, typer.Option("--counts", help="FLOPs, bytes and parameters per operator type instead of the dump.")
+        bool,
+        typer.Option(
+            "--counts",
+            help="FLOPs, bytes and parameters per operator type instead of the dump.",
+            rich_help_panel=OUT,
+        ),
     ] = False,
-    nodes: Annotated[bool, typer.Option("--nodes", help="With --counts: per node too.")] = False,
+    nodes: Annotated[bool, typer.Option("--nodes", help="With --counts: per node too.", rich_help_panel=OUT)] = False,
     streams: Annotated[
-        bool, typer.Option("--streams", help="Residual streams, their writers and readers, instead of the dump.")
+        bool,
+        typer.Option(
+            "--streams",
+            help="Residual streams, their writers and readers, instead of the dump.",
+            rich_help_panel=OUT,
+        ),
     ] = False,
     size: Sizes = None,
+    limit: LimitTexts = None,
+    quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print a model as xform reads it: functions inlined, constants lifted, at the IR's opset.
 
-    The dump goes to stdout, the summary and the tables of --counts to stderr. Dynamic dimensions count as 1 unless
-    --size gives a number. --streams raises norms and linear layers first, since streams are found by them.
+    The dump, or what is asked for instead of it, goes to stdout, a summary to stderr. Dynamic dimensions count as 1
+    unless --size gives a number. --streams raises norms and linear layers first, since streams are found by them.
     """
     from xform.capture.onnx_file import capture_onnx
     from xform.graph.count import count
@@ -46,8 +75,10 @@ def inspect(
     from xform.report.concepts import count_concepts, count_op_types
 
     session = session_of(context)
-    graph = capture_onnx(model)
-    counted = count(graph, parse_sizes(size))
+    sizes = parse_sizes(size)
+    with in_limits(limit):
+        graph = capture_onnx(model_source(model))
+    counted = count(graph, sizes)
     summary: dict[str, Any] = {
         "model": str(model),
         "opset": graph.meta.get("xform.source_opset"),
@@ -104,14 +135,14 @@ def _say_summary(session: Session, summary: dict[str, Any]) -> None:
         ("model", summary["model"]),
         ("opset", f"{summary['opset']}, read as {summary['ir_opset']}"),
         ("fingerprint", summary["fingerprint"]),
-        *[("input", f"{entry['name']}: {entry['type']}") for entry in summary["inputs"]],
-        *[("output", f"{entry['name']}: {entry['type']}") for entry in summary["outputs"]],
+        *[("input", f"{shown(entry['name'])}: {shown(entry['type'])}") for entry in summary["inputs"]],
+        *[("output", f"{shown(entry['name'])}: {shown(entry['type'])}") for entry in summary["outputs"]],
         ("parameters", f"{summary['parameters']:,} in {human_bytes(summary['parameter_bytes'])}"),
         ("contains", concepts or "none of the known concepts"),
     ]
     session.say(facts_table(rows))
     for note in summary["notes"]:
-        session.say(f"note: {note}", style="yellow", soft_wrap=True)
+        session.warn(note)
 
 
 def _show_counts(session: Session, counted: ModelCounts, per_node: bool) -> None:
@@ -121,15 +152,15 @@ def _show_counts(session: Session, counted: ModelCounts, per_node: bool) -> None
         by_op[node.op_type].append(node)
     rows = [(op, str(len(group)), *_sums(group)) for op, group in by_op.items()]
     total = ("total", str(len(counted.nodes)), counted.flops, counted.bytes, counted.parameters)
-    session.say(_counts_table(("operator", "nodes"), [*sorted(rows, key=lambda row: (-row[2], -row[3])), total]))
+    session.show(_counts_table(("operator", "nodes"), [*sorted(rows, key=lambda row: (-row[2], -row[3])), total]))
     if per_node:
         each = [(n.name, n.op_type, n.flops, n.bytes, n.parameters) for n in counted.nodes]
-        session.say(_counts_table(("node", "operator"), each))
+        session.show(_counts_table(("node", "operator"), each))
     if counted.assumed:
-        names = ", ".join(counted.assumed)
-        session.say(f"counted as 1, since --size gives no number: {names}", style="yellow", soft_wrap=True)
+        names = ", ".join(map(shown, counted.assumed))
+        session.show(f"counted as 1, since --size gives no number: {names}", style="yellow", soft_wrap=True)
     if counted.unknown:
-        session.say(f"FLOPs unknown for {len(counted.unknown)} nodes", style="yellow")
+        session.show(f"FLOPs unknown for {len(counted.unknown)} nodes", style="yellow")
 
 
 def _sums(group: list[NodeCounts]) -> tuple[int, int, int]:
@@ -143,5 +174,5 @@ def _counts_table(head: tuple[str, str], rows: Sequence[tuple[str, str, int | No
     for name in ("FLOPs", "bytes moved", "parameters"):
         table.add_column(name, justify="right")
     for first, second, *numbers in rows:
-        table.add_row(Text(first), second, *("?" if n is None else f"{n:,}" for n in numbers))
+        table.add_row(first, second, *("?" if n is None else f"{n:,}" for n in numbers))
     return table

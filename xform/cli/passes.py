@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from xform.cli.common import Debug, Json, session_of
+from xform.cli.common import Debug, Json, Quiet, examples, session_of
 from xform.report.terminal import plain_table
 
 if TYPE_CHECKING:
     from xform.rewrite.passes import Pass
 
+EXAMPLES = examples("xform passes | grep norm")
 
-def passes(context: typer.Context, json: Json = False, debug: Debug = False) -> None:
+
+def passes(context: typer.Context, quiet: Quiet = False, json: Json = False, debug: Debug = False) -> None:
     """List the passes that can be named in --passes, and the presets with their lists."""
     from xform.passes import PASSES
     from xform.pipeline.presets import PRESETS
@@ -31,9 +33,9 @@ def passes(context: typer.Context, json: Json = False, debug: Debug = False) -> 
         table.add_row(entry["name"], entry["fidelity"], Text(entry["doc"]))
         for option in entry["options"]:
             table.add_row("", "", Text(f"--set {entry['name']}.{option['name']}={option['default']}", style="dim"))
-    session.say(table)
+    session.show(table)
     for name, names in presets.items():
-        session.say(f"\npreset {name}: {', '.join(names)}", soft_wrap=True)
+        session.show(f"\npreset {name}: {', '.join(names)}", soft_wrap=True)
 
 
 def describe_pass(pass_class: type[Pass]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -21,9 +21,10 @@ from typing import BinaryIO, Self
 import onnx
 from google.protobuf.message import DecodeError
 
-from xform.errors import OutputError
+from xform.errors import OutputError, UsageError
 
 SUFFIX = ".xform-tmp"
+_DATA_NAME = r"{}(\.(\d+))?\.data"  # of the weights of a model
 
 
 class Staged:
@@ -97,7 +98,7 @@ def resolve(path: Path) -> Path:
     if path.name in ("", ".", "..") or target.is_dir():
         raise OutputError("the output path is a folder", where=str(path), hint="give a file name in it")
     if target.exists() and not target.is_file():
-        raise OutputError("the output path is no regular file", where=str(path), hint="give a file name")
+        raise OutputError("the output path is not a regular file", where=str(path), hint="give a file name")
     if not target.parent.is_dir():
         exists = target.parent.exists()
         what = "the output folder is a file" if exists else "the output folder does not exist"
@@ -120,13 +121,54 @@ def remove_leftovers(target: Path) -> list[Path]:
     return removed
 
 
+def refuse_overwriting(outputs: Iterable[Path], read: Iterable[Path]) -> None:
+    """Refuse to write over a file that this run reads, whatever it is called: links lead to one device and inode.
+
+    Args:
+        outputs: What is asked to be written; the files that a save of each may write or replace beside it count too.
+        read: Every file that the run reads. Those that do not exist are left out.
+
+    Raises:
+        UsageError: Naming the output and what it is.
+    """
+    known: dict[tuple[int, int], Path] = {}
+    for path in read:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            known.setdefault((status.st_dev, status.st_ino), path)
+    for output in outputs:
+        for path in (output, *beside(output)):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                source = known.get((status.st_dev, status.st_ino))
+                if source is not None:
+                    also = "" if path == output else f", which is written with {output.name},"
+                    raise UsageError(
+                        f"{path}{also} would overwrite the input {source}, which this run reads",
+                        where=str(path),
+                        hint="give the output another name",
+                    )
+
+
+def beside(target: Path) -> list[Path]:
+    """Files beside `target` that writing a model there may write or replace: its weights."""
+    if target.suffix == ".xml":
+        return [target.with_suffix(".bin")]
+    real = Path(os.path.realpath(target))
+    pattern = re.compile(_DATA_NAME.format(re.escape(real.name)))
+    try:
+        return [real.with_name(name) for name in os.listdir(real.parent) if pattern.fullmatch(name)]
+    except OSError:  # there is no such folder; `resolve` tells
+        return []
+
+
 def data_names(target: Path) -> tuple[list[Path], str]:
     """The data files of the model now at `target` that the next save replaces, and a free name for the next one.
 
     Only files of our own naming (`NAME.data`, `NAME.1.data`, ...) are ever replaced: those that the present model
     points to, and numbered ones that a killed run left between its two renames.
     """
-    pattern = re.compile(rf"{re.escape(target.name)}(\.(\d+))?\.data")
+    pattern = re.compile(_DATA_NAME.format(re.escape(target.name)))
     ours = {name: match for name in os.listdir(target.parent) if (match := pattern.fullmatch(name))}
     if not ours:
         return [], f"{target.name}.data"

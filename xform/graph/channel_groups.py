@@ -3,7 +3,8 @@
     s = Max(ReduceMax(Abs(Reshape(x, [.., K / g, g])), -1) * (1 / 127), tiny)
     G(x) = DequantizeLinear(QuantizeLinear(x, s, axis=-1, block_size=g), s, axis=-1, block_size=g)
 
-Without the Reshape where K = g. Backends whose runtime has such products recognize it here.
+Without the Reshape where K = g, and with a second one, behind ReduceMax, where there may be no rows. Backends whose
+runtime has such products recognize it here.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def _is_scale_of(scale: ir.Value, x: ir.Value, group: int) -> bool:
     value: ir.Value | None = scale
     for op_type in ("Max", "Mul", "ReduceMax", "Abs"):
         node = None if value is None else value.producer()
+        if op_type == "ReduceMax" and node is not None and is_op(node, "Reshape"):
+            node = None if node.inputs[0] is None else node.inputs[0].producer()
         if node is None or not is_op(node, op_type):
             return False
         chain.append(node)

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph.clone import clone
 from xform.graph.downgrade_steps import Unavailable, expand, lower
-from xform.graph.opset_emit import Emitter, get_input
-from xform.graph.values import Dim, attribute, constant, rank_of, shape_of
+from xform.graph.opset import opset_of
+from xform.graph.opset_emit import Emitter, Names, get_input, replace
+from xform.graph.opset_schema import NEWEST_OPSET
+from xform.graph.values import Dim, attribute, constant, is_op, rank_of, shape_of
 
 _BOTTOM = -math.inf
 
@@ -65,7 +68,9 @@ def attention(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     if empty is not None:
         result = emit.op("Where", empty, zero, result)
     if rank_of(node.inputs[0]) == 3:
-        result = emit.op("Reshape", emit.op("Transpose", result, perm=[0, 2, 1, 3]), emit.ints([0, 0, -1], "merged"))
+        width = (shape_of(node.outputs[0]) or (None,))[-1]
+        merged = emit.ints([0, 0, width if isinstance(width, int) else -1], "merged")
+        result = emit.op("Reshape", emit.op("Transpose", result, perm=[0, 2, 1, 3]), merged)
     outputs = [result]
     if len(node.outputs) > 1:
         outputs.append(_produced(emit, parts.key))
@@ -77,6 +82,27 @@ def attention(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
         stages = (raw, capped, biased, weights)
         outputs.append(emit.op("Identity", stages[attribute(node, "qk_matmul_output_mode", 0)]))
     return outputs
+
+
+def written_out(model: ir.Model) -> ir.Model:
+    """The model with every Attention that has a mask in elementary operators; the model itself where there is none.
+
+    ONNX Runtime's kernel takes a row of the lowest number for a row of -inf, and refuses masks that broadcast. Nodes
+    whose head counts are unknown stay.
+    """
+    if not any(is_op(node, "Attention") and get_input(node, 3) is not None for node in model.graph.all_nodes()):
+        return model
+    copy = clone(model)
+    names = Names([copy.graph])
+    for node in list(copy.graph.all_nodes()):
+        if is_op(node, "Attention") and get_input(node, 3) is not None:
+            emitter = Emitter(node, opset_of(copy) or NEWEST_OPSET, names)
+            try:
+                outputs = list(attention(node, emitter) or ())
+            except Unavailable:
+                continue
+            replace(node, emitter, outputs)
+    return copy
 
 
 def _produced(emit: Emitter, value: ir.Value) -> ir.Value:
@@ -100,7 +126,9 @@ def _inputs(node: ir.Node, emit: Emitter) -> _Inputs:
 
 
 def _split_heads(emit: Emitter, value: ir.Value, heads: int) -> ir.Value:
-    split = emit.op("Reshape", value, emit.ints([0, 0, heads, -1], "heads"))
+    width = (shape_of(value) or (None,))[-1]
+    size = width // heads if isinstance(width, int) else -1  # a size that is written down does for empty batches too
+    split = emit.op("Reshape", value, emit.ints([0, 0, heads, size], "heads"))
     return emit.op("Transpose", split, perm=[0, 2, 1, 3])
 
 

@@ -7,6 +7,7 @@
       %logits: f32[batch,seq,100] = MatMul(%emb, %head)  # lm_head
 
 Small constants are written in place, larger ones are listed at the end with shape and size; their data is never loaded.
+Names are made safe for a terminal, and very long ones are shortened.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from xform.graph.values import ORIGIN, attribute, constant, constant_tensor, shape_of
+from xform.text import shown
 
 INLINE_ELEMENTS = 8  # constants up to this size are written where they are used
 _INDENT = "  "
@@ -44,7 +46,7 @@ def short_type(value: ir.Value) -> str:
         return repr(value.type)
     dtype = "?" if value.dtype is None else _SHORT.get(value.dtype, _dtype_name(value.dtype))
     shape = shape_of(value)
-    return dtype + ("[*]" if shape is None else "[" + ",".join("?" if d is None else str(d) for d in shape) + "]")
+    return dtype + ("[*]" if shape is None else "[" + ",".join("?" if d is None else shown(d) for d in shape) + "]")
 
 
 def _dtype_name(dtype: ir.DataType) -> str:
@@ -56,7 +58,7 @@ def _dtype_name(dtype: ir.DataType) -> str:
 
 
 def _name(value: ir.Value | None) -> str:
-    return "_" if value is None else f"%{value.name}"
+    return "_" if value is None else f"%{shown(value.name)}"
 
 
 def _typed(value: ir.Value) -> str:
@@ -66,11 +68,11 @@ def _typed(value: ir.Value) -> str:
 def _graph_lines(graph: ir.Graph, indent: str, opsets: Mapping[str, int], weights: bool) -> Iterator[str]:
     inputs = ", ".join(_typed(v) for v in graph.inputs)
     outputs = ", ".join(_typed(v) for v in graph.outputs)
-    yield f"{indent}graph {graph.name or 'main'}({inputs}) -> ({outputs})"
+    yield f"{indent}graph {shown(graph.name or 'main')}({inputs}) -> ({outputs})"
     inner = indent + _INDENT
     if opsets:
         size = sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
-        imports = ", ".join(f"{domain or 'opset'} {version}" for domain, version in sorted(opsets.items()))
+        imports = ", ".join(f"{shown(domain or 'opset')} {version}" for domain, version in sorted(opsets.items()))
         yield f"{inner}{imports}, {len(graph)} nodes, {len(graph.initializers)} initializers ({size / 1e6:.1f} MB)"
         yield ""
     for node in graph:
@@ -89,19 +91,19 @@ def _node_lines(node: ir.Node, indent: str) -> Iterator[str]:
     subgraphs: list[tuple[str, ir.Graph]] = []
     for name, attr in sorted(node.attributes.items()):
         if attr.is_ref():
-            plain.append(f"{name}=@{attr.ref_attr_name}")
+            plain.append(f"{shown(name)}=@{shown(attr.ref_attr_name)}")
         elif attr.type == ir.AttributeType.GRAPH:
             subgraphs.append((name, attr.as_graph()))
         elif attr.type == ir.AttributeType.GRAPHS:
             subgraphs.extend((f"{name}[{i}]", g) for i, g in enumerate(attr.as_graphs()))
         else:
-            plain.append(f"{name}={_plain(attribute(node, name))}")
-    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            plain.append(f"{shown(name)}={_plain(attribute(node, name))}")
+    operator = shown(f"{node.domain}.{node.op_type}" if node.domain else node.op_type)
     arguments = inputs + (("; " if inputs else "") + ", ".join(plain) if plain else "")
     origin = node.metadata_props.get(ORIGIN) or node.name
-    yield f"{indent}{outputs} = {operator}({arguments})" + (f"  # {origin}" if origin else "")
+    yield f"{indent}{outputs} = {operator}({arguments})" + (f"  # {shown(origin)}" if origin else "")
     for name, graph in subgraphs:
-        yield f"{indent}{_INDENT}{name}:"
+        yield f"{indent}{_INDENT}{shown(name)}:"
         yield from _graph_lines(graph, indent + 2 * _INDENT, {}, weights=True)
 
 
@@ -109,7 +111,7 @@ def _function_lines(model: ir.Model) -> Iterator[str]:
     for function in model.functions.values():
         inputs, outputs = (", ".join(_name(v) for v in vs) for vs in (function.inputs, function.outputs))
         yield ""
-        yield f"function {function.domain}.{function.name}({inputs}) -> ({outputs})"
+        yield f"function {shown(function.domain)}.{shown(function.name)}({inputs}) -> ({outputs})"
         for node in function:
             yield from _node_lines(node, _INDENT)
 

@@ -9,13 +9,14 @@ since opset 1 is classified in `upgrade_steps`, either as a relabel or with an a
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from xform.errors import ModelError
 from xform.graph import upgrade_inputs, upgrade_meaning  # noqa: F401 - they register their adapters
 from xform.graph.opset_emit import Emitter, GraphLike, Names, drop_unread, replace, subgraphs, unread
-from xform.graph.opset_schema import NEWEST_OPSET, OLDEST_OPSET, next_version
+from xform.graph.opset_schema import NEWEST_OPSET, OLDEST_OPSET, next_version, since
 from xform.graph.shapes import infer_shapes
 from xform.graph.upgrade_steps import ADAPTERS
 from xform.graph.values import ONNX_DOMAINS
@@ -107,12 +108,38 @@ def _needs_adapter(graph: GraphLike, opset: int, to: int) -> bool:
 
 
 def _node_needs_adapter(node: ir.Node, opset: int, to: int) -> bool:
-    version = next_version(node.op_type, opset) if node.domain in ONNX_DOMAINS else None
+    return node.domain in ONNX_DOMAINS and _changes(node.op_type, opset, to)
+
+
+def _changes(op_type: str, opset: int, to: int) -> bool:
+    """Whether the meaning of an operator changed between two opsets, by more than new types or attributes."""
+    version = next_version(op_type, opset)
     while version is not None and version <= to:
-        if (node.op_type, version) in ADAPTERS:
+        if (op_type, version) in ADAPTERS:
             return True
-        version = next_version(node.op_type, version)
+        version = next_version(op_type, version)
     return False
+
+
+def same_meaning(domain: str, op_type: str, one: int, other: int) -> bool:
+    """Whether an operator means the same at two opsets of its domain.
+
+    An operator that exists at one of them only does not. Operators of domains that ONNX does not define, and those of
+    `ai.onnx.ml` and the like, are taken to mean the same where their version is the same.
+    """
+    older, newer = sorted((one, other))
+    if domain in ONNX_DOMAINS:
+        return since(op_type, older) is not None and not _changes(op_type, older, newer)
+    if not onnx.defs.has(op_type, domain):
+        return True
+    return bool(_version_in(domain, op_type, older) == _version_in(domain, op_type, newer))
+
+
+def _version_in(domain: str, op_type: str, opset: int) -> int | None:
+    try:
+        return int(onnx.defs.get_schema(op_type, opset, domain).since_version)
+    except onnx.defs.SchemaError:
+        return None
 
 
 def _upgrade_graph(graph: GraphLike, opset: int, to: int, names: Names) -> None:

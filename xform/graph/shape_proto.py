@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import onnx
@@ -11,10 +12,18 @@ from xform.graph.values import constant_tensor
 
 # Constants with more elements than this cannot be a shape, axes, pads or repeats, so inference never needs their data.
 DATA_LIMIT = 256
+# Elements of shape data that inference may carry from node to node; a Concat of a value with itself doubles them.
+PROPAGATED_LIMIT = 1 << 20
 
 
 def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
-    """The model without large data: initializers become inputs, small constant ones keep their data."""
+    """The model without large data: initializers become inputs, small constant ones keep their data.
+
+    Outputs are untyped, so that what the graph computes is inferred and not what the model declares.
+
+    Args:
+        seeds: Values that nothing can be derived about: they keep the types that the model writes down.
+    """
     proto = onnx.ModelProto()
     proto.ir_version = max(model.ir_version, 10)
     for domain, version in model.opset_imports.items():
@@ -24,15 +33,47 @@ def skeleton(model: ir.Model, seeds: Iterable[ir.Value]) -> onnx.ModelProto:
     graph = proto.graph
     graph.name = model.graph.name or "main"
     _add_inputs(graph, model.graph)
+    underivable = {value.name: value for value in seeds if value.name and value.type is not None}
     for value in model.graph.outputs:
-        graph.output.append(_value_info(value))
-    listed = {value.name for value in model.graph.outputs}
-    for value in seeds:
-        if value.name and value.name not in listed and value.type is not None:
-            graph.value_info.append(_value_info(value))
+        known = value.name in underivable or value.producer() is None
+        graph.output.append(_value_info(value) if known else onnx.ValueInfoProto(name=value.name or ""))
+        underivable.pop(value.name or "", None)
+    graph.value_info.extend(map(_value_info, underivable.values()))
     for node in model.graph:
         graph.node.append(_node(node))
     return proto
+
+
+def propagated_elements(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many elements of shape data inference would carry from node to node, at most: by the value that they are."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
+    made: dict[str, int] = {}
+    _propagate(graph, sizes, made)
+    return made
+
+
+def _propagate(graph: onnx.GraphProto, sizes: dict[str, int], made: dict[str, int]) -> None:
+    for node in graph.node:
+        given = [*(sizes.get(name, 0) for name in node.input), 0, 0]
+        if node.op_type in ("Shape", "Size"):
+            size = 8 if node.op_type == "Shape" else 1
+        elif node.op_type == "Gather":
+            size = given[1] if given[0] else 0
+        elif node.op_type == "Concat":
+            size = min(sum(given), 1 << 62)  # doubling makes numbers of any length
+        elif node.op_type in _FOLLOWED:
+            size = max(given, default=0)
+        else:
+            size = 0
+        if size and node.output:
+            sizes[node.output[0]] = made[node.output[0]] = size
+        for attr in node.attribute:
+            for inner in (*((attr.g,) if attr.HasField("g") else ()), *attr.graphs):
+                sizes.update((tensor.name, math.prod(tensor.dims)) for tensor in inner.initializer)
+                _propagate(inner, sizes, made)
+
+
+_FOLLOWED = frozenset({"Slice", "Squeeze", "Unsqueeze", "Cast", "Add", "Sub", "Mul", "Identity", "Reshape"})
 
 
 def _add_inputs(proto: onnx.GraphProto, graph: ir.Graph) -> None:

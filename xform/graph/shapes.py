@@ -19,7 +19,7 @@ import onnx_ir as ir
 from xform.graph import dims
 from xform.graph.dims import Expr
 from xform.graph.shape_data import ShapeData
-from xform.graph.shape_proto import node_proto, skeleton
+from xform.graph.shape_proto import PROPAGATED_LIMIT, node_proto, propagated_elements, skeleton
 from xform.graph.values import ONNX_DOMAINS, attribute, shape_of
 
 Dim = int | ir.SymbolicDim
@@ -68,6 +68,27 @@ def infer_node(node: ir.Node, opset: int) -> None:
     data = ShapeData()
     if (found_dims := data.output_dims(node)) is not None:
         _improve(node.outputs[0], found_dims, data)
+    if node.op_type == "Attention":
+        _infer_cache(node, data)
+
+
+def _infer_cache(node: ir.Node, data: ShapeData) -> None:
+    """present_key and present_value [B, H, past + S, D] of an Attention, which ONNX's inference omits."""
+    for new, past, value in zip(node.inputs[1:3], (*node.inputs, *[None] * 6)[4:6], node.outputs[1:3], strict=False):
+        before, found = data.dims(past), data.dims(new)
+        if (
+            new is None
+            or new.dtype is None
+            or found is None
+            or len(found) != 4
+            or (past is not None and before is None)
+        ):
+            continue
+        if before is not None:
+            known = None not in (found[2], before[2])
+            found[2] = dims.add(before[2] or 0, found[2] or 0) if known else None
+        value.dtype = new.dtype
+        _improve(value, found, data)
 
 
 @lru_cache(maxsize=1024)
@@ -105,7 +126,7 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return _infer_once(proto)
     except _REJECTED:
-        # A declared output that contradicts the graph stops inference; undeclared outputs contradict nothing.
+        # A written type that contradicts the graph stops inference; without it there is nothing to contradict.
         for output in proto.graph.output:
             output.ClearField("type")
         del proto.graph.value_info[:]
@@ -116,7 +137,8 @@ def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _infer_once(proto: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    follow = sum(propagated_elements(proto.graph).values()) <= PROPAGATED_LIMIT
+    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
 
 
 def _merge_graph(graph: ir.Graph, proto: onnx.GraphProto, changed: set[ir.Value]) -> None:

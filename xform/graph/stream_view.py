@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from xform.graph.streams import Reader, Stream, Writer
 from xform.graph.values import display_name
+from xform.text import shown
 
 
 def stream_graph(streams: Sequence[Stream]) -> nx.DiGraph:
@@ -87,12 +88,12 @@ def _exit(reader: Reader, place: dict[ir.Node, int]) -> int:
 
 def _writer_line(writer: Writer) -> str:
     note = f"  ({writer.reason})" if writer.reason else "  (read elsewhere too)" if writer.shared else ""
-    return f"  + {writer.kind:10} {writer.name}{note}"
+    return f"  + {writer.kind:10} {shown(writer.name)}{note}"
 
 
 def _reader_line(reader: Reader) -> str:
     note = f"  ({reader.reason})" if reader.reason else ""
-    return f"  > {reader.kind:10} {reader.name}{note}"
+    return f"  > {reader.kind:10} {shown(reader.name)}{note}"
 
 
 def describe(streams: Sequence[Stream]) -> list[dict[str, Any]]:

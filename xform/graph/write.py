@@ -26,9 +26,10 @@ import onnx_ir as ir
 from onnx_ir.serde import serialize_model
 
 from xform.errors import ModelError, OutputError, UsageError
-from xform.graph.atomic import Staged, data_names, locked, output_error, remove_leftovers, resolve
+from xform.graph.atomic import Staged, data_names, locked, output_error, refuse_overwriting, remove_leftovers, resolve
 
 SOURCE_PATH = "xform.source_path"  # key in model.meta: the file that the model was read from
+SOURCE_DATA = "xform.source_data"  # key in model.meta: the data files that it points to, also those not needed any more
 INLINE_LIMIT = 1_900_000_000  # bytes of weights in the model file itself; a protobuf ends at 2 GiB
 STREAMED = 1024  # bytes from which on a tensor is streamed, or external; smaller ones are part of the graph
 _ALIGN, _ALIGN_LARGE, _LARGE = 64, 4096, 1 << 20
@@ -59,7 +60,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data: bool |
         ModelError: The weights could not be read.
     """
     target = resolve(Path(path))
-    _refuse_input(model, target)
+    refuse_overwriting([target], sources(model))
     weights = _weights(model)
     size = sum(weight.tensor.nbytes for weight in weights)
     if external_data is None:
@@ -272,9 +273,10 @@ def _buffer(tensor: ir.TensorProtocol) -> memoryview | bytes:
     return tensor.tobytes()
 
 
-def _sources(model: ir.Model) -> set[Path]:
+def sources(model: ir.Model) -> set[Path]:
     """Files that the model is read from: its own, and those of its external weights."""
-    return weight_files(model) | ({Path(model.meta[SOURCE_PATH])} if SOURCE_PATH in model.meta else set())
+    files = {Path(model.meta[SOURCE_PATH])} if SOURCE_PATH in model.meta else set()
+    return files | set(map(Path, model.meta.get(SOURCE_DATA, ()))) | weight_files(model)
 
 
 def weight_files(model: ir.Model) -> set[Path]:
@@ -287,15 +289,6 @@ def weight_files(model: ir.Model) -> set[Path]:
     }
 
 
-def _refuse_input(model: ir.Model, target: Path) -> None:
-    sources = {os.path.realpath(file) for file in _sources(model)}
-    claimed = {str(target)}
-    if target.exists():
-        claimed.update(str(path) for path in data_names(target)[0])
-    for file in sorted(sources & claimed):
-        raise UsageError("refusing to overwrite the input", where=file, hint="give the result another name")
-
-
 def _read_or_write_error(error: OSError, target: Path, weights: list[_Weight]) -> Exception:
     read = {w.tensor.path for w in weights if isinstance(w.tensor, ir.ExternalTensor)}
     if error.errno is None or error.filename in read:
@@ -303,4 +296,14 @@ def _read_or_write_error(error: OSError, target: Path, weights: list[_Weight]) -
     return output_error(error, target)
 
 
-__all__ = ["INLINE_LIMIT", "SOURCE_PATH", "OutputError", "save", "skeleton", "to_bytes", "weight_files"]
+__all__ = [
+    "INLINE_LIMIT",
+    "SOURCE_DATA",
+    "SOURCE_PATH",
+    "OutputError",
+    "save",
+    "skeleton",
+    "sources",
+    "to_bytes",
+    "weight_files",
+]

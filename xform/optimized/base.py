@@ -9,13 +9,15 @@ from typing import Any, NoReturn, Self
 
 import onnx_ir as ir
 
-from xform.backends import Artifact
+from xform.backends import Artifact, check_suffix
 from xform.compilation import Compiled
 from xform.errors import UsageError
+from xform.graph.atomic import refuse_overwriting
+from xform.graph.write import sources
 from xform.report.brief import as_html, verdict
-from xform.report.files import write_report
+from xform.report.explanation import explanation
+from xform.report.files import report_path, write_report
 from xform.report.schema import Report
-from xform.rewrite.remarks import Remark
 
 
 class Optimized(ABC):
@@ -57,37 +59,33 @@ class Optimized(ABC):
 
     def explain(self, concept: str | None = None) -> str:
         """What was done and what was not, and why: everything, or about one concept, pass or rule ("attention")."""
-        report = self.report
-        remarks = report.remarks if concept is None else report.about(concept)
-        if concept is not None and not remarks:
-            known = sorted({name for r in report.remarks for name in (r.concept, r.pass_name)} | {*report.concepts})
-            found = report.concepts.get(concept, 0)
-            return f"{concept}: {found} in the result, no remarks. Remarks are about: {', '.join(filter(None, known))}"
-        head = [f"{concept}: {report.concepts.get(concept, 0)} in the result"] if concept is not None else []
-        return "\n".join([*head, *map(_line, remarks)])
+        return explanation(self.report, self.graph, concept)
 
     def save(self, path: str | os.PathLike[str], *, report: bool = False) -> list[Path]:
         """Write the lowered model, atomically.
 
         Args:
-            report: Write `report.json` into the same folder too.
+            path: A file name. The suffix says the format, and must be one that the backend writes.
+            report: Write the report beside it too, as `m.report.json` for `m.onnx`.
 
         Returns:
             Every file written.
 
         Raises:
             OutputError: The files cannot be written.
-            UsageError: The path is that of the input.
+            UsageError: The backend does not write such a file, or it is one that the model is read from.
             VerificationError: Weights that the result still reads from the original have changed since it was
                 verified.
         """
         self._check_unchanged()
         target = Path(path)
+        check_suffix(target, self.artifact.backend)
+        beside = [report_path(target)] if report else []
+        refuse_overwriting([target, *beside], sources(self.graph))
         files = self.artifact.save(target)
-        if report:
-            files = [*files, target.with_name("report.json")]
-            write_report(self.report, files[-1])
-        return files
+        for file in beside:
+            write_report(self.report, file)
+        return [*files, *beside]
 
     @abstractmethod
     def _check_unchanged(self) -> None:
@@ -170,11 +168,3 @@ class Optimized(ABC):
             "an optimized model cannot be pickled: it holds a loaded runtime session",
             hint="save it with .save(path) and open it with xform.load(path) where it is needed",
         )
-
-
-def _line(remark: Remark) -> str:
-    nodes = ", ".join(remark.nodes[:4]) + (f" and {len(remark.nodes) - 4} more" if len(remark.nodes) > 4 else "")
-    verdict = {"applied": "done", "missed": "missed", "rolled_back": "undone"}[remark.verdict]
-    name = "/".join(part for part in (remark.pass_name, remark.rule) if part)
-    text = f"  {verdict:7s}{name}" + (f" at {nodes}" if nodes else "")
-    return text + (f": {remark.reason}" if remark.reason else "")

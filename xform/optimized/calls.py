@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from xform.capture.torch_module import CapturedModule
 from xform.capture.torch_twin import twin_of
-from xform.pipeline.random_inputs import is_dynamic, random_inputs
+from xform.errors import UsageError
 
 
 def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -28,12 +28,10 @@ def call_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def verification_inputs(captured: CapturedModule, example: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """The call's own inputs, others where it gave one tensor several times, and where dims are dynamic other sizes."""
+    """The call's own inputs, and others where it gave one tensor several times."""
     sets: list[dict[str, Any]] = [dict(example)]
     if captured.aliased:
         sets.append({**example, **told_apart({name: example[name] for name in captured.aliased})})
-    if is_dynamic(captured.model):
-        sets.append(random_inputs(captured.model, seed=1))
     return sets
 
 
@@ -65,7 +63,11 @@ def module_oracle(
     def run(inputs: Mapping[str, Any]) -> Sequence[Any]:
         tensors = {name: torch.as_tensor(value).to(example[name]).clone() for name, value in inputs.items()}
         args, kwargs = captured.call_form(tensors)
+        refused = captured.refuses(args, kwargs)
+        if refused is not None:
+            raise UsageError(f"this call would need another graph: {refused}")
         with twin_of(callee, own_tensors=True) as twin:
             return captured.leaves(twin(*args, **kwargs))
 
+    run.name = "the module, run by PyTorch"  # type: ignore[attr-defined]
     return run

@@ -23,6 +23,7 @@ from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.compilation import Compiled, Request
 from xform.errors import UsageError, VerificationError
 from xform.forks import settle
+from xform.limits import limited
 from xform.optimized.base import Optimized
 from xform.optimized.calls import call_arguments, module_oracle, verification_inputs
 from xform.optimized.compiling import compile_and_tell
@@ -192,16 +193,17 @@ class OptimizedModule(Optimized):
         seconds = time.perf_counter() - start
         example = {name: tensor.detach().clone() for name, tensor in captured.flatten(args, kwargs).items()}
         notes = list(self._notes(captured, reason))
-        compiled = compile_and_tell(
-            captured.model,
-            self._request,
-            notes,
-            source=name,
-            inputs=verification_inputs(captured, example),
-            oracle=module_oracle(self.original, captured, example),
-            capture_seconds=seconds,
-            flatten=lambda sample: captured.flatten(*call_arguments(sample)),
-        )
+        with limited(self._request.limits):
+            compiled = compile_and_tell(
+                captured.model,
+                self._request,
+                notes,
+                source=name,
+                inputs=verification_inputs(captured, example),
+                oracle=module_oracle(self.original, captured, example),
+                capture_seconds=seconds,
+                flatten=lambda sample: captured.flatten(*call_arguments(sample)),
+            )
         if reason:
             remark = Remark("capture", "recapture", "applied", (), f"captured again, because {reason}", "capture")
             compiled.report.remarks.insert(0, remark)

@@ -176,7 +176,8 @@ def _is_in(tensor: ir.TensorProtocol, ranges: Sequence[tuple[int, int]]) -> bool
 
 
 def _checksum(tensor: ir.TensorProtocol) -> int:
-    return zlib.crc32(memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)))
+    data: Any = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return zlib.crc32(data)
 
 
 class FileWeights:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from xform.graph.clone import clone
-from xform.graph.values import is_op
+from xform.graph.values import constant, is_op
 from xform.passes.integer.quantize_static import quantizable_inputs
 from xform.passes.normalize.ranges import ChannelRange
 from xform.patterns import norm as norms
@@ -32,26 +32,47 @@ def observe(
     Args:
         model: Left as it is.
         batches: Inputs by name.
-        values: Values of `model`.
+        values: Values of `model`, of any kind: inputs, constants, results of nodes, outputs.
         run: How to run a graph; by default ONNX Runtime with its optimizations off.
+
+    Raises:
+        CouldNotRunError: The graph does not run on these inputs.
     """
     observed = clone(model)
-    by_name = {v.name: v for node in observed.graph for v in node.outputs}
-    kept = len(observed.graph.outputs)
-    names = [value.name or "" for value in values]
-    extra = [by_name[name] for name in names if not by_name[name].is_graph_output()]
+    counterparts = _counterparts(model, observed)
+    shown = [counterparts[value] for value in values if value.producer() is not None]
+    extra = [value for value in dict.fromkeys(shown) if not value.is_graph_output()]
     observed.graph.outputs.extend(extra)
-    order = {v.name: index for index, v in enumerate(observed.graph.outputs)}
-    assert len(order) == kept + len(extra)
+    places = {value: index for index, value in enumerate(observed.graph.outputs)}
+    for index, value in enumerate(extra):
+        value.name = value.name or f"observed_{index}"
+
+    def found(batch: Inputs, arrays: Sequence[Any]) -> list[Any]:
+        return [
+            arrays[places[counterparts[value]]] if value.producer() is not None else _given(value, batch)
+            for value in values
+        ]
+
     if run is not None:
         for batch in batches:
-            arrays = run(observed, batch)
-            yield [arrays[order[name]] for name in names]
+            yield found(batch, run(observed, batch))
         return
     with Session(observed) as session:
         for batch in batches:
-            results: Mapping[str, Any] = session.run(batch)
-            yield [results[name] for name in names]
+            results = session.run(batch)
+            yield found(batch, [results[value.name or ""] for value in observed.graph.outputs])
+
+
+def _counterparts(model: ir.Model, copy: ir.Model) -> dict[ir.Value, ir.Value]:
+    """What each result of a node of the main graph is in a clone: by its place, as names may be missing or taken."""
+    pairs = zip(model.graph, copy.graph, strict=True)
+    return {v: twin for node, other in pairs for v, twin in zip(node.outputs, other.outputs, strict=True)}
+
+
+def _given(value: ir.Value, batch: Inputs) -> Any:
+    """The array of a value that no node makes: an input, or a constant, which is the default of an input as well."""
+    given = batch.get(value.name or "") if value.is_graph_input() else None
+    return constant(value) if given is None else given
 
 
 def norm_ranges(model: ir.Model, batches: Iterable[Inputs], run: Run | None = None) -> dict[str, ChannelRange]:
@@ -79,7 +100,7 @@ def channel_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, Chan
         CouldNotRunError: The graph does not run on these inputs.
     """
     products = [value for value in quantizable_inputs(model) if any(is_op(n, "MatMul") for n, _ in value.uses())]
-    return _ranges_of_channels(model, batches, [value for value in products if not value.is_graph_input()])
+    return _ranges_of_channels(model, batches, products)
 
 
 def activation_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, ChannelRange]:
@@ -93,17 +114,12 @@ def activation_ranges(model: ir.Model, batches: Iterable[Inputs]) -> dict[str, C
         CouldNotRunError: The graph does not run on these inputs.
     """
     values = quantizable_inputs(model)
-    inside = [value for value in values if not value.is_graph_input()]
-    given = [value.name or "" for value in values if value.is_graph_input()]
-    batches = list(batches)
     ranges: dict[str, ChannelRange] = {}
-    for batch, arrays in zip(batches, observe(model, batches, inside), strict=True):
-        found = {name: batch[name] for name in given if name in batch}
-        found.update((value.name or "", array) for value, array in zip(inside, arrays, strict=True))
-        for name, array in found.items():
+    for arrays in observe(model, batches, values):
+        for value, array in zip(values, arrays, strict=True):
             if np.size(array):
                 here = ChannelRange(np.asarray([np.min(array)], np.float64), np.asarray([np.max(array)], np.float64))
-                _widen(ranges, name, here)
+                _widen(ranges, value.name or "", here)
     return ranges
 
 
@@ -113,8 +129,8 @@ def _ranges_of_channels(
     ranges: dict[str, ChannelRange] = {}
     for arrays in observe(model, batches, values, run):
         for value, array in zip(values, arrays, strict=True):
-            rows = np.asarray(array, np.float64).reshape(-1, np.shape(array)[-1])
-            if len(rows):
+            if np.size(array):
+                rows = np.asarray(array, np.float64).reshape(-1, np.shape(array)[-1])
                 _widen(ranges, value.name or "", ChannelRange(rows.min(axis=0), rows.max(axis=0)))
     return ranges
 

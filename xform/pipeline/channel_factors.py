@@ -71,11 +71,15 @@ def sampled_products(
     each = -(-count // max(len(batches), 1))
     for arrays in observe(model, batches, list(weights)):
         for value, array in zip(weights, arrays, strict=True):
+            if not np.size(array):
+                continue
             rows = np.reshape(array, (-1, np.shape(array)[-1]))
             here = ChannelRange(rows.min(axis=0), rows.max(axis=0))
             spans[value] = spans[value].joined(here) if value in spans else here
             samples[value].append(rows[:: max(1, len(rows) // each)][:each])
     for value, columns in weights.items():
+        if not samples[value]:
+            continue  # no batch has any rows of it
         yield value, np.concatenate(samples[value]), columns, spans[value]
 
 

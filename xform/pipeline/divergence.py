@@ -11,7 +11,7 @@ import onnx_ir as ir
 from xform.graph.clone import clone
 from xform.graph.values import display_name
 from xform.pipeline.oracle import CouldNotRunError, run_model
-from xform.pipeline.tolerance import coarsest_float, difference, resolve_tolerance
+from xform.pipeline.tolerance import coarser, computed_in, difference, resolve_tolerance
 
 _MAX_EXPOSED_BYTES = 1 << 30  # of intermediate values held at a time
 
@@ -49,7 +49,9 @@ def first_divergence(before: ir.Model, after: ir.Model, inputs: Mapping[str, Any
     """
     known = {value.name for node in before.graph for value in node.outputs if value.name}
     shared = [value for node in after.graph for value in node.outputs if value.name in known]
-    computed_in = coarsest_float(before)
+    coarsest = ir.DataType.DOUBLE
+    for dtype in computed_in(before).values():
+        coarsest = coarser(coarsest, dtype)
     compared = 0
     for chunk in _chunks(shared, inputs):
         names = [value.name or "" for value in chunk]
@@ -58,7 +60,7 @@ def first_divergence(before: ir.Model, after: ir.Model, inputs: Mapping[str, Any
             name = value.name or ""
             compared += 1
             dtype = value.dtype or ir.DataType.FLOAT
-            limit = resolve_tolerance(None, name, dtype, "exact", computed_in)
+            limit = resolve_tolerance(None, name, dtype, "exact", coarsest)
             gap = difference(found[name], expected[name], limit)
             if not gap.agrees:
                 node = value.producer()

@@ -21,11 +21,14 @@ _TRANSPARENT = {
     "Concat", "Gather", "Cast", "CastLike", "Pad", "Dropout",
 }  # fmt: skip
 _INDEXED = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "ScatterElements": 1, "ScatterND": 1}
+_COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 _SIZE_INPUTS = {
     "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "TopK": (1,),
     "Resize": (3,), "Upsample": (1,), "Pad": (1,), "Slice": (1, 2), "Split": (1,),
 }  # fmt: skip
 _PRECEDENCE: tuple[Kind, ...] = ("mask", "additive_mask", "size", "positive", "index")
+_STEPS_TO_SOFTMAX = 5  # operators between the sum with a mask and the softmax
+_BEFORE_SOFTMAX = {"Add", "Reshape", "Cast", "Identity", "Clip", "Max", "Transpose", "Flatten", "Squeeze"}
 _MAX_VISITS = 256  # values followed per input; uses that matter are near the input
 
 
@@ -110,6 +113,8 @@ def _role_in(node: ir.Node, position: int, value: ir.Value) -> Role | None:
         return Role("mask")
     if op == "Sub" and position == 1 and scalar(node.inputs[0]) == 1:
         return Role("mask")
+    if op in _COMPARISONS and value.dtype is not None and value.dtype.is_integer():
+        return Role("mask") if scalar(node.inputs[1 - position]) in (0, 1) else None
     if op in ("Sqrt", "Log") or (op == "Pow" and position == 0 and _is_fraction(node.inputs[1])):
         return Role("positive")
     if op == "Add" and _feeds_softmax(node):
@@ -139,8 +144,33 @@ def _rows(node: ir.Node) -> int | None:
 
 
 def _feeds_softmax(node: ir.Node) -> bool:
-    uses = node.outputs[0].uses()
-    return any(user.op_type == "Softmax" and user.domain in ONNX_DOMAINS for user, _ in uses)
+    value = node.outputs[0]
+    for _ in range(_STEPS_TO_SOFTMAX):
+        users = [user for user, _ in value.uses() if user.domain in ONNX_DOMAINS]
+        if any(user.op_type == "Softmax" for user in users):
+            return True
+        if len(users) != 1 or users[0].op_type not in _BEFORE_SOFTMAX:
+            return False
+        value = users[0].outputs[0]
+    return False
+
+
+def compared_with(start: ir.Value) -> tuple[float, ...]:
+    """Numbers that the graph compares an input with: at them, and beside them, it decides otherwise."""
+    found: dict[float, None] = {}
+    queue, seen = [start], {start}
+    while queue and len(seen) < _MAX_VISITS:
+        for node, position in queue.pop().uses():
+            if node.domain not in ONNX_DOMAINS:
+                continue
+            if node.op_type in _COMPARISONS:
+                number = scalar(node.inputs[1 - position])
+                found.update({float(number): None} if number is not None else {})
+            elif _hands_on(node, position) == 0:
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+    return tuple(number for number in found if number == number and abs(number) != float("inf"))
 
 
 def _role_from_name(value: ir.Value) -> Role:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
@@ -19,10 +21,12 @@ import onnx_ir as ir
 from xform.errors import UsageError, VerificationError, XformError
 from xform.graph.check import Interface, check
 from xform.graph.clone import clone
-from xform.pipeline.oracle import Oracle, run_model
+from xform.pipeline.oracle import Oracle
+from xform.pipeline.reference import Execute, run_anywhere
 from xform.pipeline.result import PipelineResult, size_of
 from xform.pipeline.tolerance import UserTolerance
-from xform.pipeline.verify import Execute, UserInputs, Verification, Verifier
+from xform.pipeline.verdict import Coverage, Verification
+from xform.pipeline.verify import UserInputs, Verifier
 from xform.report.schema import PassReport, Size
 from xform.rewrite.passes import Fidelity, Pass, PassContext
 from xform.rewrite.remarks import Cost, Remark, RemarkLog
@@ -50,7 +54,8 @@ def run_pipeline(
     oracle: Oracle | None = None,
     progress: Progress | None = None,
     seed: int = 0,
-    execute: Execute = run_model,
+    execute: Execute = run_anywhere,
+    verifier: Verifier | None = None,
 ) -> PipelineResult:
     """Run `passes` in order on a copy of `model`.
 
@@ -67,7 +72,8 @@ def run_pipeline(
         oracle: Reference to compare with instead of the captured model run by ONNX Runtime.
         progress: Called before every step.
         seed: Of the random inputs.
-        execute: Runs rewritten graphs; ONNX Runtime by default.
+        execute: Runs rewritten graphs; ONNX Runtime by default, see `xform.pipeline.reference`.
+        verifier: Holds reference numbers of `model` already, from an earlier run with the same arguments.
 
     Raises:
         VerificationError: Only in strict mode, naming the pass; without it, see `PipelineResult.verification`.
@@ -75,7 +81,7 @@ def run_pipeline(
     """
     if verify not in ("off", "final", "each"):
         raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")
-    verifier = Verifier(model, oracle, inputs, sizes, tolerance, seed, execute)
+    verifier = verifier or Verifier(model, oracle, inputs, sizes, tolerance, seed, execute)
     run = _Run(model, passes, Target.parse(target), verifier, strict, progress or (lambda *_: None))
     return run.run(verify)
 
@@ -179,6 +185,7 @@ class _Run:
                 hint="a pass wrote into a weight's memory; passes must make new tensors",
             )
         own = replace(self.verifier, oracle=None, cases=[], references=[], unverifiable="", notes=[], prepared=False)
+        own.coverage = Coverage()
         result = self._run_careful(own)
         reason = f"the captured model, before any pass, differs from the reference: {baseline.reason}"
         result.verification = replace(baseline, reason=reason)
@@ -239,7 +246,8 @@ class _Run:
             _LOG.debug("pass %s raised", one.name, exc_info=True)
             where = error.where if isinstance(error, XformError) else ()
             text = error.what if isinstance(error, XformError) else str(error)
-            raise _PassFailedError(f"it raised {type(error).__name__}: {_line(text)}", where, error) from error
+            raised = f"it raised {type(error).__name__}: {_line(text)}{_place(error)}"
+            raise _PassFailedError(raised, where, error) from error
         nodes = tuple(dict.fromkeys(n for r in context.remarks if r.verdict == "applied" for n in r.nodes))
         if problem:
             raise _PassFailedError(f"it left an unsound graph: {problem}", nodes[:_MAX_BLAMED])
@@ -266,7 +274,8 @@ class _Run:
     def _accept(self, result: PipelineResult, outcome: _Outcome) -> None:
         result.passes.append(outcome.report)
         # what a pass nearly matched in an earlier run, it has met again, or something else has taken its place
-        told = [r for r in result.remarks if (r.pass_name, r.verdict) != (outcome.report.name, "missed")]
+        again = {outcome.report.name, *(remark.pass_name for remark in outcome.remarks)}  # some passes run others
+        told = [r for r in result.remarks if r.verdict != "missed" or r.pass_name not in again]
         result.remarks.remarks[:] = [*told, *outcome.remarks]
         result.statistics = self.statistics
 
@@ -329,6 +338,13 @@ class _Run:
 
 def _cost(size: Size | None) -> Cost | None:
     return None if size is None else Cost(size.nodes, size.parameters, size.flops)
+
+
+def _place(error: Exception) -> str:
+    """` (raise_gelu.py:42)`, the innermost line of code that belongs to no package of the environment."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def _line(text: str) -> str:

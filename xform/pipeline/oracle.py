@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from xform.errors import ModelError, VerificationError
+from xform.errors import LimitError, ModelError, VerificationError
 from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
+from xform.graph.downgrade_attention import written_out
+from xform.pipeline.bounded_run import check_sizes, fed_bytes, run_bounded, share_arena
 from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
@@ -49,9 +52,9 @@ class Session:
     """One graph, ready to run. Use as a context manager, so that its memory is released.
 
     Args:
-        model: The graph, left as it is.
+        model: The graph, left as it is; or a ModelProto, which is run as it is and becomes the session's own.
         threads: Intra-op threads.
-        adjust: Gives other arrays of the same dtypes and shapes for the large weights, by name.
+        folder: Where a ModelProto's external data lies.
 
     Raises:
         CouldNotRunError: The graph cannot be serialized, or the runtime refuses it.
@@ -59,15 +62,25 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model,
+        model: ir.Model | onnx.ModelProto,
         *,
         threads: int = _THREADS,
-        adjust: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self._output_names = [value.name or "" for value in model.graph.outputs]
-        self._adjust = adjust
+        self._folder = folder
         self._child: Child | None = None
         self._session: Any = None
+        self._in_arena = False
+        self._brought = 0  # bytes of large weights: what a run may take depends on it
+        self._model: ir.Model | None = None
+        if isinstance(model, onnx.ModelProto):
+            self._output_names = [value.name for value in model.graph.output]
+            model.ir_version = min(model.ir_version, _MAX_IR_VERSION)
+            _widen_interface(model.graph)
+            self._start(model, {}, threads)
+            return
+        self._output_names = [value.name or "" for value in model.graph.outputs]
+        self._model = model = written_out(model)  # by the definition, from which the runtime's kernel departs
         try:
             self._load(model, threads)
         except CouldNotRunError as error:
@@ -79,18 +92,21 @@ class Session:
     def _load(self, model: ir.Model, threads: int) -> None:
         try:
             proto, lent = serialize(model)
-            lent = lent if self._adjust is None else self._adjust(lent)
-            data = proto.SerializeToString()
         except Exception as error:
             raise CouldNotRunError(f"the graph could not be serialized: {_first_line(error)}") from error
+        self._start(proto, lent, threads)
+
+    def _start(self, proto: onnx.ModelProto, lent: dict[str, Any], threads: int) -> None:
         self._casts = _widen_interface_names(proto)
+        self._brought = sum(array.nbytes for array in lent.values())
         self._lent = lent  # the runtime reads this memory for as long as the session lives
         timeout = isolation_timeout()
         try:
             if timeout is not None:
                 self._child = Child(proto, lent, threads, timeout)
             else:
-                self._session = _in_process(data, lent, threads)
+                data = proto.SerializeToString()
+                self._session, self._in_arena = _in_process(data, lent, threads, self._brought, self._folder)
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime does not load the graph: {_first_line(error)}") from error
 
@@ -99,13 +115,23 @@ class Session:
 
         Raises:
             CouldNotRunError: The runtime failed on these inputs.
+            LimitError: The run takes more memory or time than the model is allowed.
         """
         feeds = {}
         for name, value in inputs.items():
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
+        arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+        brought = self._brought + fed_bytes(arrays)
+        if self._model is not None:
+            check_sizes(self._model, {name: array.shape for name, array in arrays.items()}, brought)
         try:
-            results = self._child.run(feeds) if self._child is not None else self._session.run(None, feeds)
+            if self._child is not None:
+                results = self._child.run(feeds)
+            else:
+                results = run_bounded(self._session, feeds, self._brought, self._in_arena)
+        except LimitError:
+            raise
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime failed: {_first_line(error)}") from error
         return dict(zip(self._output_names, results, strict=True))
@@ -124,7 +150,10 @@ class Session:
         self.close()
 
 
-def _in_process(data: bytes, lent: Mapping[str, Any], threads: int) -> Any:
+def _in_process(
+    data: bytes, lent: Mapping[str, Any], threads: int, brought: int, folder: Path | None
+) -> tuple[Any, bool]:
+    """A session, and whether it allocates in the bounded arena."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
@@ -132,10 +161,13 @@ def _in_process(data: bytes, lent: Mapping[str, Any], threads: int) -> Any:
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if lent:
         values = [_ort_value(array) for array in lent.values()]
         options.add_external_initializers(list(lent), values)
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    in_arena = share_arena(options, brought)
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"]), in_arena
 
 
 def _ort_value(array: Any) -> Any:

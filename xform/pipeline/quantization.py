@@ -28,6 +28,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from xform.errors import UsageError
 from xform.graph.clone import clone
 from xform.graph.count import bindings_of, count
 from xform.passes.cleanup import SimplifyLayout
@@ -49,10 +50,11 @@ from xform.passes.normalize.ranges import Ranges, load_ranges
 from xform.pipeline.calibration import activation_ranges, channel_ranges, norm_ranges
 from xform.pipeline.channel_factors import channel_factors
 from xform.pipeline.channel_shifts import channel_shifts
-from xform.pipeline.oracle import Inputs
+from xform.pipeline.oracle import CouldNotRunError, Inputs
 from xform.pipeline.rounding import compensated_grouped_weights, compensated_weights
 from xform.pipeline.row_scales import Variant, products_by_input, where_it_pays
 from xform.pipeline.sensitivity import Progress, Trial, search
+from xform.report.schema import PassReport
 from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import Remark
 
@@ -85,6 +87,24 @@ class Form:
     remarks: tuple[Remark, ...]
 
 
+def told(remarks: Sequence[Remark], passes: Sequence[PassReport], undone: Sequence[str] = ()) -> list[Remark]:
+    """What a search decided, as it is in the result: rolled back where the pass that it was for is.
+
+    Args:
+        remarks: Of a form.
+        passes: What became of its passes.
+        undone: Names of passes that were left out since.
+    """
+    gone = {report.name for report in passes if report.status == "rolled_back"} | set(undone)
+    return [
+        replace(one, verdict="rolled_back", reason=f"{one.pass_name} was rolled back, so this is not in the result; "
+                f"found before: {one.reason}")
+        if one.pass_name in gone and one.verdict == "applied"
+        else one
+        for one in remarks
+    ]  # fmt: skip
+
+
 class Quantization:
     """Forms of one graph, each found when it is first asked for.
 
@@ -104,7 +124,13 @@ class Quantization:
         self._progress = progress
         self.exact = prepare(passes[: self._place])
         self._measured = _affordable(self.exact, batches)
-        self._plain = Trial(self.exact, self._measured)
+        try:
+            self._plain = Trial(self.exact, self._measured)
+        except CouldNotRunError as error:
+            raise UsageError(
+                f"the model does not run on the calibration data: {error.what}",
+                hint="check that the sizes of its inputs agree with each other",
+            ) from error
         self._forms: dict[str, Form] = {}
         asked = self._passes[self._place]
         self._ranges_given = isinstance(asked, Quantizer) and bool(asked.ranges)  # of this graph, unchanged
@@ -196,7 +222,7 @@ class Quantization:
         reason = (
             f"{name}, before int8: {', '.join(told) or 'nothing'}; error with everything in int8: {', '.join(errors)}"
         )
-        remarks.append(Remark("quantization", "migration", "applied" if told else "missed", (), reason, "int8"))
+        remarks.append(Remark(best.candidate.name, "migration", "applied" if told else "missed", (), reason, "int8"))
         return best
 
     def _factors(self, start: _Tried, candidate: Quantizer) -> Factors:

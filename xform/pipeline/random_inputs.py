@@ -16,6 +16,7 @@ import onnx_ir as ir
 from xform.errors import UsageError
 from xform.graph.values import Array
 from xform.pipeline.input_roles import Role, role_of
+from xform.pipeline.masks import TYPICAL, mask
 from xform.pipeline.oracle import to_numpy
 from xform.pipeline.sizes import InputDims, Sizes, evaluate, input_dims, proposals, symbols_of
 
@@ -25,8 +26,8 @@ _STYLES: tuple[Style, ...] = ("binary", "unit", "zeros", "ones")  # for models t
 _STYLED_SIZES = 2
 _UNKNOWN_INDEX_BOUND = 16
 _UNKNOWN_RANKS = (2, 4, 3, 1, 0)
-MAX_ELEMENTS = 1 << 28  # drawn for one set of inputs; beyond that sizes are a mistake, or nothing for this machine
-_VERY_NEGATIVE = -10000.0  # finite in float16, and e^-10000 is 0 in every dtype
+MAX_ELEMENTS = 1 << 25  # drawn for one set of inputs; beyond that sizes are a mistake, or nothing for this machine
+VERY_NEGATIVE = -10000.0  # finite in float16, and e^-10000 is 0 in every dtype
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,30 @@ class InputCase:
     Attributes:
         arrays: Value of every required input by name.
         sizes: Number of every dynamic dim, empty for static models and for the user's inputs.
-        source: "random", "random" and the style of its values, or "user".
+        source: "given" by the user, "derived" from what the user gave, "random", or "random" and the style of its
+            values.
+        masks: Styles of the rows of masks, where the model has masks.
+        values: What is special about the other values, in words.
+        extreme: Whether it has values that an approximation need not serve: very large, tiny, or none at all.
     """
 
     arrays: Mapping[str, Any]
     sizes: Mapping[str, int] = field(default_factory=dict)
     source: str = "random"
+    masks: tuple[str, ...] = ()
+    values: str = ""
+    extreme: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether some dynamic dim is 0."""
+        return 0 in self.sizes.values()
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name.lstrip('?')}={size}" for name, size in self.sizes.items())
-        return f"{self.source} inputs" + (f" with {sizes}" if sizes else "")
+        masks = f"masks {', '.join(self.masks)}" if self.masks else ""
+        about = "; ".join(filter(None, [sizes, masks, self.values]))
+        return f"{self.source} inputs" + (f" with {about}" if about else "")
 
 
 def required_inputs(model: ir.Model) -> list[ir.Value]:
@@ -91,36 +106,36 @@ def candidate_cases(
     inputs = required_inputs(model)
     given = check_named(model, overrides or {})
     dims = input_dims(inputs)
-    fixed = {**_sizes_from(given, dims), **_check_sizes(sizes or {}, dims)}
-    roles = {value.name: role_of(value) for value in inputs}
+    fixed = {**sizes_from(given, dims), **_check_sizes(sizes or {}, dims)}
+    roles = {value.name or "": role_of(value) for value in inputs}
     if all(value.name in given for value in inputs):
-        yield InputCase(given, {}, "user")
+        yield InputCase(given, sizes_from(given, dims), "given")
         return
     ranks: Sequence[int] = _UNKNOWN_RANKS if any(entry.dims is None for entry in dims) else (0,)
     for rank in ranks:
         known = [_with_rank(entry, rank) for entry in dims]
         for number, assignment in enumerate(proposals(known, fixed)):
-            if not _fits(known, assignment):
+            if not fits(known, assignment):
                 continue
-            yield InputCase({**given, **_draw(inputs, known, assignment, roles, [seed, number], given)}, assignment)
+            yield InputCase({**given, **draw(inputs, known, assignment, roles, [seed, number], given)}, assignment)
         for style in _STYLES:
             for number, assignment in enumerate(islice(proposals(known, fixed), _STYLED_SIZES)):
-                if not _fits(known, assignment):
+                if not fits(known, assignment):
                     continue
-                arrays = _draw(inputs, known, assignment, roles, [seed, number], given, style)
+                arrays = draw(inputs, known, assignment, roles, [seed, number], given, style)
                 yield InputCase({**given, **arrays}, assignment, f"random {style}")
 
 
-def _fits(dims: Sequence[InputDims], sizes: Sizes) -> bool:
+def fits(dims: Sequence[InputDims], sizes: Sizes) -> bool:
     """Whether inputs of these sizes can be drawn in reasonable memory."""
     return sum(math.prod(max(evaluate(dim, sizes), 0) for dim in entry.dims or ()) for entry in dims) <= MAX_ELEMENTS
 
 
-def _draw(
+def draw(
     inputs: Sequence[ir.Value],
     dims: Sequence[InputDims],
     sizes: Sizes,
-    roles: Mapping[str | None, Role],
+    roles: Mapping[str, Role],
     seed: Sequence[int],
     given: Mapping[str, Any],
     style: Style = "typical",
@@ -180,7 +195,10 @@ def _conform(array: Any, value: ir.Value) -> Any:
         )
         if wrong:
             raise UsageError(f"input {value.name!r} has shape {shape}, but an array of shape {array.shape} was given")
-    if value.dtype == ir.DataType.STRING or array.dtype.kind in "OSU" or not _has_numpy_type(value.dtype):
+    if (value.dtype == ir.DataType.STRING) != (array.dtype.kind in "OSU"):
+        declared = "text" if value.dtype == ir.DataType.STRING else value.dtype.name.lower()
+        raise UsageError(f"input {value.name!r} is {declared}, but an array of {array.dtype} was given")
+    if value.dtype == ir.DataType.STRING or not _has_numpy_type(value.dtype):
         return array
     wanted = value.dtype.numpy()
     if array.dtype == wanted:
@@ -190,7 +208,7 @@ def _conform(array: Any, value: ir.Value) -> Any:
     return array.astype(wanted)
 
 
-def _sizes_from(given: Mapping[str, Any], dims: Sequence[InputDims]) -> Sizes:
+def sizes_from(given: Mapping[str, Any], dims: Sequence[InputDims]) -> Sizes:
     """Sizes of symbols that the user's arrays decide."""
     sizes: Sizes = {}
     for entry in dims:
@@ -232,28 +250,15 @@ def _random_array(rng: np.random.Generator, dtype: ir.DataType, shape: tuple[int
         words = np.array(["the", "quick", "brown", "fox", ""], dtype=object)
         return rng.choice(words, size=shape)
     if role.kind == "mask" or dtype == ir.DataType.BOOL:
-        return np.asarray(_mask(rng, shape)).astype(_numpy_type(dtype))
+        return mask(rng, shape, TYPICAL).astype(numpy_type(dtype))
     if dtype.is_integer():
         return _integers(rng, dtype, shape, role)
     return _floats(rng, dtype, shape, role)
 
 
-def _numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
+def numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
     """The dtype to feed: the declared one, or float32 where NumPy has no such type (cast in the graph)."""
     return dtype.numpy() if _has_numpy_type(dtype) else np.dtype(np.float32)
-
-
-def _mask(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Zeros and ones, a 1 in every row: [batch, length] has full and right-padded rows, else three in four are 1."""
-    if not shape:
-        return np.ones(shape, bool)
-    if len(shape) == 2 and shape[1] > 0:
-        lengths = rng.integers(1, max(shape[1], 2), size=(shape[0], 1))
-        lengths[:1] = shape[1]
-        return np.arange(shape[1])[None, :] < lengths
-    mask = rng.random(shape) < 0.75
-    mask[..., :1] = True
-    return mask
 
 
 def _integers(rng: np.random.Generator, dtype: ir.DataType, shape: tuple[int, ...], role: Role) -> Array:
@@ -270,9 +275,9 @@ def _integers(rng: np.random.Generator, dtype: ir.DataType, shape: tuple[int, ..
 
 
 def _floats(rng: np.random.Generator, dtype: ir.DataType, shape: tuple[int, ...], role: Role) -> Array:
-    target = _numpy_type(dtype)
+    target = numpy_type(dtype)
     if role.kind == "additive_mask":
-        return np.where(_mask(rng, shape), 0.0, _VERY_NEGATIVE).astype(target)
+        return np.where(mask(rng, shape, TYPICAL), 0.0, VERY_NEGATIVE).astype(target)
     if target.kind == "c":
         return np.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(target)
     normal = np.asarray(rng.standard_normal(shape))

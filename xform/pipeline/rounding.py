@@ -78,13 +78,15 @@ def _grams(model: ir.Model, batches: Sequence[Inputs]) -> Iterator[tuple[ir.Valu
     rows: dict[ir.Value, int] = dict.fromkeys(values, 0)
     for arrays in observe(model, batches, values):
         for value, array in zip(values, arrays, strict=True):
+            if not np.size(array):
+                continue
             x = np.reshape(array, (-1, np.shape(array)[-1])).astype(np.float64)
             grams[value] = grams[value] + x.T @ x if value in grams else x.T @ x
             rows[value] += len(x)
     for weight, found in read.items():
         array, count = constant(weight), sum(rows[value] for value in found)
         if array is not None and count and np.isfinite(array).all():
-            yield weight, found, np.sum([grams[value] for value in found], axis=0) / count
+            yield weight, found, np.sum([grams[value] for value in found if value in grams], axis=0) / count
 
 
 def _activations(weight: ir.Value) -> list[ir.Value]:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,13 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.backends import BACKENDS, Artifact, Backend, LowerOptions
+from xform.cachefile import CacheFolder
 from xform.errors import TargetError, XformError
-from xform.graph.atomic import write_bytes
 from xform.graph.fingerprint import fingerprint
 from xform.report.environment import Environment, code_fingerprint
 from xform.report.latency import Deployed, Timing, measure
 from xform.target import Target
+from xform.text import paragraph
 
 TuneMode = Literal["off", "quick", "full"]
 MODES: tuple[TuneMode, ...] = ("off", "quick", "full")
@@ -47,6 +48,7 @@ _NEAR = 0.9  # of the best speedup: what is faster than that may be the fastest 
 _HOPELESS = 2.5  # times as long as the fastest, each alone: not worth a heat
 _SAME = 1.01  # a speedup below it is noise: between equals the first one stays
 _FORMAT = 5  # of a remembered decision
+CACHE = CacheFolder("tuning", "tuning decisions")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def choose(
     feeds: Mapping[str, Any],
     mode: TuneMode,
     progress: Callable[[str, int, int], None] | None = None,
+    refuse: Callable[[Candidate, Artifact], str] = lambda *_: "",
 ) -> tuple[Candidate, Artifact, Decision]:
     """The fastest candidate, lowered.
 
@@ -148,6 +151,7 @@ def choose(
         competing: See `candidates`; the first that lowers is taken where nothing differs.
         feeds: Inputs by name to measure with.
         progress: As for `measure`.
+        refuse: Says why a lowered candidate is wrong, and so out however fast it is; empty if it is right.
 
     Raises:
         TargetError: None of them can be lowered and run.
@@ -156,14 +160,21 @@ def choose(
     known = _recall(key, [c.label for c in competing])
     if known is not None:
         chosen = next(c for c in competing if c.label == known.chosen)
-        return chosen, chosen.backend.lower(chosen.graph, target, chosen.options), known
+        artifact = chosen.backend.lower(chosen.graph, target, chosen.options)
+        if not refuse(chosen, artifact):
+            return chosen, artifact, known
     artifacts: dict[str, Artifact] = {}
     decision = Decision("", key=key)
     for candidate in competing:
         try:
-            artifacts[candidate.label] = candidate.backend.lower(candidate.graph, target, candidate.options)
+            artifact = candidate.backend.lower(candidate.graph, target, candidate.options)
+            wrong = refuse(candidate, artifact)
         except XformError as error:
-            decision.failed[candidate.label] = error.what
+            wrong = error.what
+        if wrong:
+            decision.failed[candidate.label] = wrong
+        else:
+            artifacts[candidate.label] = artifact
     met = _measure(artifacts, feeds, mode, decision, progress)
     if not decision.milliseconds:
         reason = next(iter(decision.failed.values()), "there are none")
@@ -266,27 +277,36 @@ def _key(competing: Sequence[Candidate], target: Target, feeds: Mapping[str, Any
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """Where decisions are remembered: XFORM_CACHE, else the user's cache folder."""
-    given = os.environ.get("XFORM_CACHE")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xform"
-    return base / "tuning"
-
-
 def _recall(key: str, labels: Sequence[str]) -> Decision | None:
-    path = cache_folder() / f"{key}.json"
-    try:
-        data = json.loads(path.read_text())
-        found = Decision(**{**data, "remembered": True})
-    except (OSError, ValueError, TypeError):  # none yet, or damaged: measuring again replaces it
+    """What is remembered under a key, if it is a decision among these labels."""
+    found = CACHE.read(f"{key}.json", lambda data: _problem(data, key, labels))
+    if found is None:
         return None
-    return found if found.chosen in labels else None
+    failed = {label: paragraph(reason, 400) for label, reason in found["failed"].items()}
+    return Decision(**{**found, "failed": failed, "remembered": True})
 
 
 def _remember(decision: Decision) -> None:
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / f"{decision.key}.json", json.dumps(asdict(decision), indent=1).encode())
-    except (OSError, XformError):  # a cache that cannot be written costs a measurement next time, nothing else
-        return
+    labels = (*decision.milliseconds, *decision.failed)
+    CACHE.write(f"{decision.key}.json", lambda _: asdict(decision), lambda data: _problem(data, decision.key, labels))
+
+
+def _problem(data: Any, key: str, labels: Sequence[str]) -> str | None:
+    """Why something read from the cache is not a decision among `labels`; None where it is one."""
+    wanted = {one.name for one in fields(Decision)}
+    if not isinstance(data, dict) or set(data) != wanted:
+        return f"it does not have the fields {', '.join(sorted(wanted))}"
+    if data["key"] != key or not isinstance(data["remembered"], bool):
+        return "it was written for another key"
+    if not isinstance(data["chosen"], str) or data["chosen"] not in labels:
+        return "what it chose is not among the candidates"
+    for name in ("speedups", "milliseconds", "failed"):
+        table = data[name]
+        if not isinstance(table, dict) or not set(table) <= set(labels):
+            return f"{name!r} is not a table of the candidates"
+        kinds = str if name == "failed" else int | float
+        if not all(isinstance(one, kinds) and not isinstance(one, bool) for one in table.values()):
+            return f"{name!r} holds something of another type"
+        if name != "failed" and not all(math.isfinite(one) and one > 0 for one in table.values()):
+            return f"{name!r} holds numbers that are not positive"
+    return None

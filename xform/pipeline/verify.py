@@ -1,7 +1,8 @@
 """Verification: does a rewritten graph compute what the captured one computes?
 
-A `Verifier` holds the reference numbers of the captured model on a few input sets and compares candidates against
-them. The verdict has three values and a claim of equality is made only where numbers were compared:
+A `Verifier` holds the reference numbers of a model on input sets that are chosen to break rewrites
+(`xform.pipeline.stress`, `xform.pipeline.branches`) and compares candidates against them. The verdict has three values
+and a claim of equality is made only where numbers were compared:
 
 - "ok": every output agreed on every input set.
 - "failed": some output did not, or the candidate does not run where the reference does.
@@ -11,106 +12,32 @@ them. The verdict has three values and a claim of equality is made only where nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from xform.graph.check import Interface
-from xform.pipeline.noise import is_within, nudged_outputs
-from xform.pipeline.oracle import CouldNotRunError, Inputs, Oracle, Outputs, Session, call_oracle, run_model
+from xform.pipeline.branches import Branch, Watch, attempts, branches, forced, in_words
+from xform.pipeline.judge import Judge
+from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs
 from xform.pipeline.random_inputs import InputCase, candidate_cases, check_named, is_dynamic, required_inputs
-from xform.pipeline.tolerance import UserTolerance, coarsest_float, difference, is_float, resolve_tolerance
+from xform.pipeline.reference import Execute, Reference, run_anywhere
+from xform.pipeline.stress import Stress
+from xform.pipeline.tolerance import UserTolerance, computed_in, is_float
+from xform.pipeline.verdict import Coverage, OutputError, State, Verification
 from xform.rewrite.passes import Fidelity
 
-State = Literal["ok", "failed", "unverified", "off"]
-UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-Execute = Callable[[ir.Model, Sequence[Inputs]], list[Outputs]]
+UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | InputCase]
 
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
 _TOO_LARGE = "all that fit its sizes are too large to draw"
 _MAX_TRIES = 24  # input sets proposed to a model that refuses some
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How one output agreed on one input set.
-
-    Attributes:
-        output: Name of the graph output.
-        inputs: The input set, in words.
-        max_abs_error: Largest absolute error, in units of the output.
-        max_rel_error: Largest relative error (see `xform.pipeline.tolerance`).
-        rtol: Relative tolerance it was held to.
-        atol: Absolute tolerance it was held to.
-        agrees: Whether it is within tolerance everywhere.
-        reason: Why not.
-        noisy: Not within tolerance, but within what rounding alone does to the captured model.
-    """
-
-    output: str
-    inputs: str
-    max_abs_error: float
-    max_rel_error: float
-    rtol: float
-    atol: float
-    agrees: bool
-    reason: str = ""
-    noisy: bool = False
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The verdict on one candidate.
-
-    Attributes:
-        state: "ok", "failed", "unverified" or "off" (not asked for).
-        reason: Why it is not "ok"; empty if it is.
-        outputs: Every output on every input set.
-        notes: What the user should know besides: input sizes that the model refused, and the like.
-    """
-
-    state: State
-    reason: str = ""
-    outputs: tuple[OutputError, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether numbers were compared and agreed."""
-        return self.state == "ok"
-
-    @property
-    def max_abs_error(self) -> float | None:
-        """Largest absolute error of any output that is not noisy; None where nothing was compared."""
-        return max((o.max_abs_error for o in self.outputs if not o.noisy), default=None)
-
-    @property
-    def max_rel_error(self) -> float | None:
-        """Largest relative error of any output that is not noisy; None where nothing was compared."""
-        return max((o.max_rel_error for o in self.outputs if not o.noisy), default=None)
-
-    @property
-    def cases(self) -> tuple[str, ...]:
-        """The input sets that were compared, in words."""
-        return tuple(dict.fromkeys(o.inputs for o in self.outputs))
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form; infinite errors become None."""
-        errors = {"max_abs_error": _finite(self.max_abs_error), "max_rel_error": _finite(self.max_rel_error)}
-        outputs = [
-            {k: _finite(v) if isinstance(v, float) else v for k, v in asdict(output).items()} for output in self.outputs
-        ]
-        notes = list(self.notes)
-        return {"state": self.state, "reason": self.reason, **errors, "outputs": outputs, "notes": notes}
-
-
-def _finite(number: float | None) -> float | None:
-    return None if number is None or not np.isfinite(number) else float(number)
+_MAX_NEW_CASES = 8  # input sets kept for the branches that they reach
 
 
 @dataclass
@@ -118,19 +45,21 @@ class Verifier:
     """Reference numbers of a captured model, and comparisons against them.
 
     Args:
-        model: The captured model. It is never changed; the oracle runs it unless `oracle` is given.
+        model: The captured model. It is never changed; it is the reference unless `oracle` is given.
         oracle: A callable from named inputs to outputs (in graph order, or by name) that is the reference instead.
-        inputs: The user's inputs, one set or several; sets that lack some inputs are completed with random ones.
+        inputs: The user's inputs, one set or several; sets that lack some inputs are completed with random ones. Where
+            some are an InputCase, the dynamic dims have no other sizes than there.
         sizes: Numbers for dynamic dims by name.
         tolerance: The user's tolerance, see `xform.pipeline.tolerance.resolve_tolerance`.
         seed: Of the random inputs.
-        execute: Runs candidates; ONNX Runtime by default.
+        execute: Runs candidates.
 
     Attributes:
         cases: Input sets that the reference ran on.
         references: Its outputs.
         unverifiable: Why there are no reference numbers; empty if there are.
         notes: See Verification.
+        coverage: On what a verdict rests.
     """
 
     model: ir.Model
@@ -139,14 +68,17 @@ class Verifier:
     sizes: Mapping[str, int] | None = None
     tolerance: UserTolerance | None = None
     seed: int = 0
-    execute: Execute = run_model
+    execute: Execute = run_anywhere
     cases: list[InputCase] = field(default_factory=list)
     references: list[Outputs] = field(default_factory=list)
     unverifiable: str = ""
     notes: list[str] = field(default_factory=list)
     prepared: bool = False
+    coverage: Coverage = field(default_factory=Coverage)
     _random: bool | None = field(default=None, init=False, repr=False)
-    _measured: list[tuple[Outputs, Outputs]] | None = field(default=None, init=False, repr=False)
+    _judge: Judge = field(init=False, repr=False)
+    _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
+    _to_force: dict[Branch, list[tuple[InputCase, Outputs]]] = field(default_factory=dict, init=False, repr=False)
 
     def prepare(self) -> None:
         """Compute the reference numbers, once; on failure `unverifiable` says why.
@@ -157,15 +89,14 @@ class Verifier:
         if self.prepared:
             return
         self.prepared = True
-        self._computed_in = coarsest_float(self.model)
-        if self.oracle is not None:
-            self._collect(None)
-            return
+        self._judge = Judge(self.model, self.tolerance, self.seed)
         try:
-            with Session(self.model) as session:
-                self._collect(session)
+            with Reference(self.model, self.oracle) as reference:
+                self.coverage = replace(self.coverage, oracle=reference.name)
+                self._collect(reference)
         except CouldNotRunError as error:
             self.unverifiable = error.what
+        self._cover()
 
     def compare(self, candidate: ir.Model, fidelity: Fidelity = "exact") -> Verification:
         """Run `candidate` on the same inputs and compare.
@@ -179,122 +110,249 @@ class Verifier:
         """
         self.prepare()
         if self.unverifiable:
-            return Verification("unverified", self.unverifiable, notes=tuple(self.notes))
+            return self._verdict("unverified", self.unverifiable)
         try:
-            results = self.execute(candidate, [case.arrays for case in self.cases])
+            results = self._run(candidate, self.cases_for(fidelity))
         except CouldNotRunError as error:
-            reason = f"the captured model runs and the rewritten one does not: {error.what}"
-            return Verification("failed", reason, notes=tuple(self.notes))
-        return self.judge(results, fidelity)
+            return self._verdict("failed", f"the captured model runs and the rewritten one does not: {error.what}")
+        narrower = computed_in(candidate) if fidelity != "exact" else None  # what it computes in is part of what it is
+        verdict = self.judge(results, fidelity, narrower)
+        return self._in_forced_branches(candidate, fidelity, verdict) if verdict.ok else verdict
+
+    def under(self, tolerance: UserTolerance | None) -> Verifier:
+        """The same reference numbers under another tolerance."""
+        self.prepare()
+        other = replace(self, tolerance=tolerance)
+        other._judge = Judge(self.model, tolerance, self.seed)
+        other._left, other._to_force = self._left, self._to_force
+        return other
+
+    def cases_for(self, fidelity: Fidelity) -> list[InputCase]:
+        """The input sets on which rewrites of this fidelity are compared: approximations are spared extreme values."""
+        return [case for case in self.cases if _serves(case, fidelity)]
+
+    def _run(self, candidate: ir.Model, cases: Sequence[InputCase]) -> list[Outputs | None]:
+        """What a graph gives; None on an empty batch where it refuses that, as operators that stand in between may."""
+        full = self.execute(candidate, [case.arrays for case in cases if not case.is_empty])
+        results: list[Outputs | None] = []
+        for case in cases:
+            if not case.is_empty:
+                results.append(full.pop(0))
+                continue
+            try:
+                results += self.execute(candidate, [case.arrays])
+            except CouldNotRunError:  # what is made of the graph is asked again
+                results.append(None)
+        return results
 
     def judge(
-        self, results: Sequence[Outputs], fidelity: Fidelity = "exact", computed_in: ir.DataType | None = None
+        self,
+        results: Sequence[Outputs | None],
+        fidelity: Fidelity = "exact",
+        precision: ir.DataType | Mapping[str, ir.DataType] | None = None,
     ) -> Verification:
-        """Compare outputs that a candidate gave, one set per entry of `cases`, however it was run.
+        """Compare outputs that a candidate gave, one set per entry of `cases_for(fidelity)`, however it was run.
 
         Args:
-            computed_in: The dtype that the candidate computes floats in, where it is coarser than the model's.
+            results: The outputs; None for a set that is not compared.
+            precision: The dtype that the candidate computes floats in, or one by output, where it is coarser than the
+                model's.
 
         Raises:
             UsageError: The user's tolerance does not fit.
         """
-        errors = list(self._output_errors(self.references, results, fidelity, computed_in=computed_in))
+        chosen = [pair for pair in zip(self.cases, self.references, strict=True) if _serves(pair[0], fidelity)]
+        errors: list[OutputError] = []
+        for (case, reference), found in zip(chosen, results, strict=True):
+            if found is not None:
+                errors += self._judge.errors(case, reference, found, fidelity, precision)
         if all(error.agrees for error in errors):
-            return Verification("ok", "", tuple(errors), tuple(self.notes))
+            return self._verdict("ok", "", errors)
         if self._is_random():
-            return Verification("unverified", "the model gives other numbers at every run", notes=tuple(self.notes))
-        noise = self._noise()
-        errors = list(self._output_errors(self.references, results, fidelity, noise, computed_in))
+            return self._verdict("unverified", "the model gives other numbers at every run")
         wrong = next((error for error in errors if not error.agrees and not error.noisy), None)
         if wrong is not None:
-            reason = f"output {wrong.output!r} on {wrong.inputs}: {wrong.reason}"
-            return Verification("failed", reason, tuple(errors), tuple(self.notes))
+            return self._verdict("failed", f"output {wrong.output!r} on {wrong.inputs}: {wrong.reason}", errors)
         names = dict.fromkeys(error.output for error in errors if error.noisy)
         noisy = f"rounding alone changes {', '.join(names)} of the captured model as much as the rewriting did"
-        if not any(error.agrees for error in errors):
-            return Verification("unverified", noisy, tuple(errors), tuple(self.notes))
-        return Verification("ok", "", tuple(errors), (*self.notes, f"{noisy}; only the other outputs were compared"))
+        plain = {str(case) for case, _ in chosen if not case.extreme}
+        if not any(error.agrees and error.inputs in plain for error in errors):
+            return self._verdict("unverified", noisy, errors)
+        return self._verdict("ok", "", errors, f"{noisy}; only what else there is was compared")
 
     def baseline(self) -> Verification:
         """Compare the captured model itself with a callable oracle; "ok" without one, as then it is the reference."""
         if self.oracle is None:
             self.prepare()
-            return Verification("unverified", self.unverifiable) if self.unverifiable else Verification("ok")
+            return self._verdict("unverified", self.unverifiable) if self.unverifiable else self._verdict("ok", "")
         return self.compare(self.model)
 
-    def _output_errors(
-        self,
-        references: Sequence[Outputs],
-        results: Sequence[Outputs],
-        fidelity: Fidelity,
-        noise: Sequence[tuple[Outputs, Outputs]] | None = None,
-        computed_in: ir.DataType | None = None,
-    ) -> Iterator[OutputError]:
-        dtypes = {value.name: value.dtype for value in self.model.graph.outputs}
-        for index, (case, reference, result) in enumerate(zip(self.cases, references, results, strict=True)):
-            for name, expected in reference.items():
-                dtype = dtypes.get(name) or ir.DataType.FLOAT
-                limit = resolve_tolerance(self.tolerance, name, dtype, fidelity, computed_in or self._computed_in)
-                found = difference(result.get(name), expected, limit)
-                noisy = False
-                if noise is not None and not found.agrees:
-                    still, nudged = noise[index]
-                    noisy = is_within(found, difference(nudged[name], still[name], limit))
-                yield OutputError(
-                    name,
-                    str(case),
-                    found.max_abs,
-                    found.max_rel,
-                    limit.rtol,
-                    limit.atol,
-                    found.agrees,
-                    found.reason,
-                    noisy,
-                )
+    def _verdict(self, state: State, reason: str, errors: Sequence[OutputError] = (), *notes: str) -> Verification:
+        told = dict.fromkeys((*self.notes, *self._judge.notes, *notes))
+        return Verification(state, reason, tuple(errors), tuple(told), self.coverage)
 
-    def _collect(self, session: Session | None) -> None:
-        """Run the reference on proposed inputs until enough have worked."""
-        refused = ""
-        wanted = 0
-        for proposed, cases in self._proposals():
-            wanted += cases
+    def _collect(self, reference: Reference) -> None:
+        """Run the reference on proposed inputs until enough have worked, then on what is made from the first ones."""
+        wanted, refused = 0, ""
+        kept: dict[str, Any] = {}
+        for proposed, number, given in self._proposals():
+            wanted += number
             for case in islice(proposed, _MAX_TRIES):
                 if len(self.cases) >= wanted:
                     break
-                if self.cases and case.source not in ("random", "user"):
+                if self.cases and case.source not in ("random", "given"):
                     break  # other values are for models that took none of the typical ones
-                try:
-                    outputs = self._reference(session, case)
-                except CouldNotRunError as error:
-                    refused = refused or error.what
-                    self.notes.append(f"the model does not take {case}: {error.what}")
-                    continue
-                self.cases.append(case)
-                self.references.append(outputs)
+                why = self._try(reference, case)
+                kept = given if not why and len(self.cases) == 1 else kept
+                if why:
+                    refused = refused or why
+                    self.notes.append(f"the model does not take {case}: {why}")
         if not self.cases:
             self.unverifiable = f"the captured model ran on none of the inputs tried: {refused or _TOO_LARGE}"
-        elif not self._informative():
-            self.unverifiable = "every float output is NaN or infinite on the inputs tried, so nothing can be compared"
-        elif len(self.cases) < wanted:
+            return
+        if len(self.cases) < wanted:
             self.notes.append(f"only {len(self.cases)} of {wanted} input sets could be compared")
+        self._stress(reference, kept)
+        if not self._informative():
+            self.unverifiable = "every float output is NaN or infinite on the inputs tried, so nothing can be compared"
+        else:
+            self._branch_out(reference)
 
-    def _proposals(self) -> Iterator[tuple[Iterator[InputCase], int]]:
-        """Streams of candidates, each with the number of input sets wanted of it: one per input set of the user."""
+    def _try(self, reference: Reference, case: InputCase) -> str:
+        """Take a case, or say why the reference refuses it."""
+        try:
+            outputs = reference.run(case.arrays)
+        except CouldNotRunError as error:
+            return error.what
+        self.cases.append(case)
+        self.references.append(outputs)
+        return ""
+
+    def _proposals(self) -> Iterator[tuple[Iterator[InputCase], int, dict[str, Any]]]:
+        """Streams of candidates, how many sets are wanted of each, and what in them the user gave."""
         if self.inputs is not None and not isinstance(self.inputs, Mapping):
-            for given in self.inputs:
-                yield candidate_cases(self.model, self.seed, self.sizes, given), 1
+            for one in self.inputs:
+                if isinstance(one, InputCase):
+                    yield iter([one]), 1, {}
+                    continue
+                yield candidate_cases(self.model, self.seed, self.sizes, one), 1, check_named(self.model, one)
             return
         given = check_named(self.model, self.inputs or {})
         complete = all(value.name in given for value in required_inputs(self.model))
         wanted = _CASES_DYNAMIC if is_dynamic(self.model) and not complete and not self.sizes else _CASES_STATIC
-        yield candidate_cases(self.model, self.seed, self.sizes, given), wanted
+        yield candidate_cases(self.model, self.seed, self.sizes, given), wanted, given
 
-    def _reference(self, session: Session | None, case: InputCase) -> Outputs:
-        if session is not None:
-            return session.run(case.arrays)
-        assert self.oracle is not None
-        names = [value.name or "" for value in self.model.graph.outputs]
-        return call_oracle(self.oracle, case.arrays, names)
+    def _stress(self, reference: Reference, kept: Mapping[str, Any]) -> None:
+        """Run the reference on what is made from the first set; what it does not take is left."""
+        base = self.cases[0]
+        if not base.arrays:
+            return
+        bounded = not isinstance(self.inputs, Mapping) and any(isinstance(one, InputCase) for one in self.inputs or ())
+        stress = Stress(self.model, base, kept, batch_is_free=not self.sizes and not bounded, seed=self.seed)
+        refused = [str(case) for case in stress.cases() if self._try(reference, case)]
+        if base.source == "given" and not self.sizes:
+            for case in stress.resized():
+                if not self._try(reference, case):
+                    break
+                refused.append(str(case))
+        self.coverage = replace(self.coverage, refused=tuple(refused))
+
+    def _branch_out(self, reference: Reference) -> None:
+        """See which branches the sets go through, and look for sets that go through the others."""
+        every = branches(self.model)
+        if not every:
+            return
+        reached: set[Branch] = set()
+        usual: set[Branch] = set()  # by sets of usual values: others may saturate what a branch computes
+        watch = Watch(self.model)
+
+        def new(case: InputCase) -> set[Branch]:
+            try:
+                (outputs,) = run_anywhere(watch.model, [case.arrays])
+            except CouldNotRunError:  # the model refuses this set, which is what a search meets
+                return set()
+            return watch.reached(outputs) - reached
+
+        for case in self.cases:
+            found = new(case)
+            reached |= found
+            usual |= set() if case.extreme else found
+        base = self.cases[0]
+        source = "derived" if base.source == "given" else base.source
+        kept = 0
+        for case in attempts(self.model, replace(base, source=source)):
+            if len(reached) == len(every) or kept == _MAX_NEW_CASES:
+                break
+            found = new(case)
+            if found and not self._try(reference, case):
+                reached |= found
+                kept += 1
+        left = [branch for branch in every if branch not in reached]
+        self.coverage = replace(self.coverage, branches=len(every), reached=len(every) - len(left))
+        self._left = frozenset(left)
+        for branch in every:
+            if branch not in usual:
+                self._to_force[branch] = self._forced_references(branch)
+
+    def _forced_references(self, branch: Branch) -> list[tuple[InputCase, Outputs]]:
+        """What the captured model gives where it always goes this way, on the sets that it then takes."""
+        model = forced(self.model, branch)
+        found: list[tuple[InputCase, Outputs]] = []
+        for case in self.cases if model is not None else ():
+            assert model is not None
+            try:
+                found.append((case, run_anywhere(model, [case.arrays])[0]))
+            except CouldNotRunError:  # shapes that only go the other way
+                continue
+        return found
+
+    def _in_forced_branches(self, candidate: ir.Model, fidelity: Fidelity, verdict: Verification) -> Verification:
+        """Compare branches that no input reached, their conditions replaced by constants in both graphs."""
+        unreached, done = [], 0
+        narrower = computed_in(candidate) if fidelity != "exact" else None
+        for branch, pairs in self._to_force.items():
+            model = forced(candidate, branch) if pairs else None
+            chosen = [pair for pair in pairs if _serves(pair[0], fidelity)]
+            if model is None or not chosen:
+                unreached += [in_words(self.model, branch)] if branch in self._left else []
+                continue
+            try:
+                results = self.execute(model, [case.arrays for case, _ in chosen])
+            except CouldNotRunError as error:
+                return self._verdict(
+                    "failed", f"{in_words(self.model, branch)} runs in the captured model only: {error.what}"
+                )
+            judge = Judge(forced(self.model, branch) or self.model, self.tolerance, self.seed)
+            for (case, expected), found in zip(chosen, results, strict=True):
+                errors = judge.errors(case, expected, found, fidelity, narrower)
+                wrong = next((error for error in errors if not error.agrees and not error.noisy), None)
+                if wrong is not None:
+                    reason = (
+                        f"output {wrong.output!r} in {in_words(self.model, branch)} on {wrong.inputs}: {wrong.reason}"
+                    )
+                    return replace(self._verdict("failed", reason, errors), notes=verdict.notes)
+            done += branch in self._left
+        coverage = replace(self.coverage, forced=done, unreached=tuple(unreached))
+        self.coverage = coverage
+        told = (f"no input reached {', '.join(unreached)}, so nothing there was compared",) if unreached else ()
+        return replace(verdict, coverage=coverage, notes=(*verdict.notes, *told))
+
+    def _cover(self) -> None:
+        """Say on what verdicts rest."""
+        sources = [case.source.partition(" ")[0] for case in self.cases]
+        numbers: dict[str, set[int]] = {}
+        for case in self.cases:
+            for symbol, size in case.sizes.items():
+                numbers.setdefault(symbol.lstrip("?"), set()).add(size)
+        self.coverage = replace(
+            self.coverage,
+            given=sources.count("given"),
+            derived=sources.count("derived"),
+            random=sources.count("random"),
+            cases=tuple(str(case) for case in self.cases),
+            sizes=tuple(f"{symbol}: {', '.join(map(str, sorted(found)))}" for symbol, found in numbers.items()),
+            masks=tuple(dict.fromkeys(style for case in self.cases for style in case.masks)),
+        )
 
     def _informative(self) -> bool:
         """Whether some output can tell right from wrong: a float output with a finite element, or any other output."""
@@ -303,25 +361,11 @@ class Verifier:
             for name, array in reference.items():
                 if name not in floats or not isinstance(array, np.ndarray):
                     return True
-                if array.size == 0 or np.isfinite(array).any():
+                if np.isfinite(array).any():
                     return True
-        return not self.model.graph.outputs
-
-    def _noise(self) -> list[tuple[Outputs, Outputs]] | None:
-        """The captured model's outputs as they are and nudged, per case; None where the user set the tolerance."""
-        if self.tolerance is not None:
-            return None
-        if self._measured is None:
-            inputs = [case.arrays for case in self.cases]
-            try:
-                still = self.execute(
-                    self.model, inputs
-                )  # not the references: a pass may have changed the weights since
-                self._measured = list(zip(still, nudged_outputs(self.model, inputs, self.seed), strict=True))
-            except CouldNotRunError as error:
-                self.notes.append(f"the noise of rounding could not be measured: {error.what}")
-                self._measured = [(reference, reference) for reference in self.references]
-        return self._measured
+        return not self.model.graph.outputs or all(
+            array.size == 0 for reference in self.references for array in reference.values()
+        )
 
     def _is_random(self) -> bool:
         """Whether the reference, run twice, disagrees with itself."""
@@ -330,16 +374,18 @@ class Verifier:
         return self._random
 
     def _disagrees_with_itself(self) -> bool:
-        inputs = [case.arrays for case in self.cases]
+        case = self.cases[0]
         try:
-            if self.oracle is None:
-                with Session(self.model) as session:
-                    first, second = ([session.run(arrays) for arrays in inputs] for _ in range(2))
-            else:
-                first, second = ([self._reference(None, case) for case in self.cases] for _ in range(2))
+            with Reference(self.model, self.oracle) as reference:
+                first, second = (reference.run(case.arrays) for _ in range(2))
         except CouldNotRunError:
             return False
-        return any(not error.agrees for error in self._output_errors(first, second, "exact"))
+        errors = self._judge.errors(case, first, second, "exact", excusable=False)
+        return any(not error.agrees for error in errors)
+
+
+def _serves(case: InputCase, fidelity: Fidelity) -> bool:
+    return fidelity == "exact" or not case.extreme
 
 
 def verify(
@@ -362,3 +408,6 @@ def verify(
     if gap is not None:
         return Verification("failed", f"the interfaces differ: {gap}")
     return Verifier(reference, oracle, inputs, sizes, tolerance, seed).compare(candidate, fidelity)
+
+
+__all__ = ["Coverage", "Execute", "State", "UserInputs", "Verification", "Verifier", "verify"]

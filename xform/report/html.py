@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as _escape
 
 from xform.report.schema import Report
 from xform.report.terminal import facts, findings, headline, pass_cells
+from xform.text import paragraph, shown
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -16,6 +17,12 @@ th { color: #666; font-weight: normal; border-bottom: 1px solid #ddd } td.n, th.
 tr.rolled_back td { color: #a00 } code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer }
 @media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } th { border-color: #444 } }
 """
+_LONGEST = 20_000  # characters of one reason or warning
+
+
+def escape(text: str) -> str:
+    """Text for HTML: markup is shown as it is written, and control characters and marks of direction are spelled."""
+    return _escape(paragraph(text, _LONGEST))
 
 
 def to_html(report: Report) -> str:
@@ -30,8 +37,8 @@ def to_html(report: Report) -> str:
     ]
     for verdict, heading in (
         ("applied", "Done"),
-        ("missed", "Nearly matched, and why not"),
-        ("rolled_back", "Undone, and why"),
+        ("missed", "Near misses, and why"),
+        ("rolled_back", "Rolled back, and why"),
     ):
         rows = _findings(report, verdict)
         if rows:
@@ -44,7 +51,7 @@ def to_html(report: Report) -> str:
 
 
 def _passes(report: Report) -> str:
-    head = ("pass", "fidelity", "applied", "missed", "undone", "nodes", "rel error", "seconds")
+    head = ("pass", "fidelity", "applied", "near misses", "rolled back", "nodes", "rel error", "seconds")
     rows = [(escape(p.name), escape(p.fidelity), *map(escape, pass_cells(p))) for p in report.passes]
     return _table(head, rows, numbers=range(2, len(head)), classes=[p.status for p in report.passes])
 
@@ -73,7 +80,7 @@ def _environment(report: Report) -> str:
 
 
 def _code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
+    return f"<code>{escape(shown(text))}</code>"
 
 
 def _table(

@@ -2,11 +2,15 @@
 
 Two live sessions in one process steal each other's cores through spinning threads (a factor of two was seen), and a
 machine's speed drifts, so contenders take turns and are compared round by round.
+
+Figures that are shown side by side come from the same rounds, those in which the machine was neither unusually fast nor
+slow (`typical_rounds`), and a ratio is the quotient of the two figures beside it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -50,12 +54,14 @@ class Timing:
         rounds_ms: Median milliseconds of each round.
         runs: Number of runs in all.
         fastest_ms: The fastest run.
+        slow_ms: 90th percentile of the runs of each round, in milliseconds.
     """
 
     model: Path
     rounds_ms: tuple[float, ...]
     runs: int
     fastest_ms: float
+    slow_ms: tuple[float, ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -69,7 +75,39 @@ class Timing:
     def followed_by(self, later: Timing) -> Timing:
         """Both together, where the same model was measured once more."""
         rounds, runs = self.rounds_ms + later.rounds_ms, self.runs + later.runs
-        return Timing(self.model, rounds, runs, min(self.fastest_ms, later.fastest_ms))
+        fastest, slow = min(self.fastest_ms, later.fastest_ms), self.slow_ms + later.slow_ms
+        return Timing(self.model, rounds, runs, fastest, slow)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Latency of one model, comparable with that of the models measured in turn with it.
+
+    Attributes:
+        p50_ms: Milliseconds that half of the runs take: the median over typical rounds of the median of a round.
+        p90_ms: The same of the 90th percentile.
+        times_as_fast: p50_ms of the first model divided by that of this one.
+    """
+
+    p50_ms: float
+    p90_ms: float
+    times_as_fast: float
+
+
+def typical_rounds(timings: Sequence[Timing]) -> list[int]:
+    """The middle half of the rounds, by the time that all models together took in each (their geometric mean)."""
+    logs = [sum(math.log(one) for one in ms) for ms in zip(*(t.rounds_ms for t in timings), strict=True)]
+    order = sorted(range(len(logs)), key=logs.__getitem__)
+    cut = len(order) // 4
+    return sorted(order[cut : len(order) - cut])
+
+
+def figures(timings: Sequence[Timing]) -> list[Figures]:
+    """Figures of models that were measured in turn, the first being the baseline."""
+    kept = typical_rounds(timings)
+    p50 = [statistics.median(t.rounds_ms[i] for i in kept) for t in timings]
+    p90 = [statistics.median((t.slow_ms or t.rounds_ms)[i] for i in kept) for t in timings]
+    return [Figures(half, slow, p50[0] / half) for half, slow in zip(p50, p90, strict=True)]
 
 
 def measure(
@@ -112,15 +150,17 @@ def measure(
 
 def compare(before: Path | Deployed, after: Path | Deployed, feeds: Mapping[str, Any], **options: Any) -> LatencyReport:
     """Latency before and after, for a report. Options as for `measure`."""
-    old, new = measure([before, after], feeds, **options)
-    rounds, threads = len(old.rounds_ms), options.get("threads")
-    return LatencyReport(old.median_ms, new.median_ms, new.speedup_over(old), rounds, threads)
+    timings = measure([before, after], feeds, **options)
+    old, new = figures(timings)
+    rounds, threads = len(timings[0].rounds_ms), options.get("threads")
+    return LatencyReport(old.p50_ms, new.p50_ms, new.times_as_fast, rounds, threads)
 
 
 def _take_turns(
     workers: Sequence[_Contender], rounds: int, seconds: float, progress: Callable[[str, int, int], None] | None
 ) -> list[Timing]:
     medians: list[list[float]] = [[] for _ in workers]
+    slow: list[list[float]] = [[] for _ in workers]
     everything: list[list[float]] = [[] for _ in workers]
     done = 0
     for number in range(rounds):
@@ -129,13 +169,14 @@ def _take_turns(
             time.sleep(_PAUSE)
             times = workers[index].round(seconds)
             medians[index].append(statistics.median(times))
+            slow[index].append(float(np.percentile(times, 90)))
             everything[index] += times
             done += 1
             if progress is not None:
                 progress(f"measured {workers[index].model.name}", done, rounds * len(workers))
     return [
-        Timing(worker.model, tuple(ms), len(runs), min(runs))
-        for worker, ms, runs in zip(workers, medians, everything, strict=True)
+        Timing(worker.model, tuple(ms), len(runs), min(runs), tuple(p90))
+        for worker, ms, p90, runs in zip(workers, medians, slow, everything, strict=True)
     ]
 
 

@@ -27,7 +27,7 @@ def open_onnxruntime(request: dict[str, Any], feeds: dict[str, Any]) -> Run:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised as well
     settings = request.get("settings") or {}
     threads = request["threads"] or settings.get("intra_op_threads")
     if threads is not None:

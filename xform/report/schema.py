@@ -81,10 +81,21 @@ class VerificationReport:
         mode: "each", "final" or "off".
         passed: The outcome; None if nothing was compared.
         max_abs_error: Largest absolute difference over all outputs and cases.
-        max_rel_error: The same, relative to the largest magnitude of each output.
+        max_rel_error: The same, relative to the values around it (see docs/verification.md).
         tolerance: The relative tolerance that was asked for.
-        cases: Number of input sets (seeds and sizes of dynamic dims).
-        inputs: "random" or "given".
+        cases: Number of input sets.
+        inputs: Each of them in words: where it is from, sizes of dynamic dims, styles of masks, special values.
+        given: Number of input sets of the user.
+        derived: Number of input sets made from those: other sizes, other masks.
+        random: Number of input sets drawn.
+        sizes: Numbers that each dynamic dim had, as "batch: 0, 1, 2".
+        masks: Styles of masks.
+        branches: Number of branches that depend on data.
+        reached: How many of them some input set went through.
+        forced: How many of the others were compared with their condition replaced by a constant.
+        unreached: Branches in which nothing was compared, in words.
+        refused: Input sets that the model itself does not take, in words.
+        oracle: What the reference is, in words.
         reason: Why nothing was compared, or what failed.
     """
 
@@ -94,7 +105,18 @@ class VerificationReport:
     max_rel_error: float | None = None
     tolerance: float | None = None
     cases: int = 0
-    inputs: str = "random"
+    inputs: tuple[str, ...] = ()
+    given: int = 0
+    derived: int = 0
+    random: int = 0
+    sizes: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+    branches: int = 0
+    reached: int = 0
+    forced: int = 0
+    unreached: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    oracle: str = ""
     reason: str = ""
 
 
@@ -103,9 +125,10 @@ class LatencyReport:
     """Latency before and after, measured in turn in processes of their own.
 
     Attributes:
-        before_ms: Median milliseconds of the model as it came.
-        after_ms: Median milliseconds of the optimized model.
-        speedup: before_ms / after_ms, taken per round; above 1 is faster.
+        before_ms: Median milliseconds of the model as it came, over the middle half of the rounds (those in which the
+            machine was neither unusually fast nor slow).
+        after_ms: The same of the optimized model, over the same rounds.
+        speedup: before_ms / after_ms; above 1 is faster.
         rounds: How often each model was measured.
         threads: Intra-op threads of the runtime; None for its default.
     """
@@ -163,8 +186,8 @@ class Report:
     schema: str = SCHEMA
 
     def about(self, concept: str) -> list[Remark]:
-        """Remarks whose concept, pass or rule is `concept`."""
-        return [r for r in self.remarks if concept in (r.concept, r.pass_name, r.rule)]
+        """Remarks whose concept, pass or rule is `concept`, or which name a node that was one."""
+        return [r for r in self.remarks if r.is_about(concept)]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form, the schema's name first."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xform.report.schema import PassReport, Report, Size
+from xform.report.schema import PassReport, Report, Size, VerificationReport
 from xform.rewrite.remarks import Remark
+from xform.text import paragraph, shown
 
 NODES_SHOWN = 2
 PLACES_SHOWN = 2
+_NAME = 200  # characters of a cell that is one name
+_CELL = 200_000  # of a cell of several lines: all nodes of a finding, each of them shortened
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ def findings(remarks: Iterable[Remark]) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.count)
 
 
-def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
+def report_view(report: Report, *, verbose: bool = False, warnings: bool = True) -> RenderableType:
     """Everything that a user should see after an optimization.
 
     Args:
         verbose: Show passes that had nothing to do, and every missed remark with all its nodes.
+        warnings: Show the warnings too; whoever has shown them already does without.
     """
     parts: list[RenderableType] = [Text(headline(report), style="bold"), pass_table(report.passes, verbose=verbose)]
     parts.append(facts_table(facts(report)))
@@ -65,29 +70,29 @@ def report_view(report: Report, *, verbose: bool = False) -> RenderableType:
     if missed:
         parts += [Text("\nnot done, and why", style="bold"), findings_table(missed, limit=None if verbose else 12)]
     else:
-        parts.append(Text("nothing was nearly matched and left, and nothing was undone", style="dim"))
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
+        parts.append(Text("no near misses, nothing rolled back", style="dim"))
+    parts += [Text(f"warning: {paragraph(w)}", style="yellow") for w in report.warnings if warnings]
     return Group(*parts)
 
 
 def headline(report: Report) -> str:
     """`model.onnx for cpu with onnxruntime, preset exact`."""
-    return f"{report.source} for {report.target} with {report.backend}, preset {report.preset}"
+    return f"{shown(report.source)} for {report.target} with {report.backend}, preset {report.preset}"
 
 
 def pass_table(passes: Sequence[PassReport], *, verbose: bool = False) -> RenderableType:
     """One row per pass that did or missed something."""
     table = plain_table()
     table.add_column("pass", no_wrap=True)
-    for name in ("applied", "missed", "undone", "nodes", "rel error", "seconds"):
+    for name in ("applied", "near misses", "rolled back", "nodes", "rel error", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
-    shown = [p for p in passes if verbose or p.status != "unchanged" or p.missed]
-    for entry in shown:
+    listed = [p for p in passes if verbose or p.status != "unchanged" or p.missed]
+    for entry in listed:
         style = "red" if entry.status == "rolled_back" else None
         table.add_row(entry.name, *pass_cells(entry), style=style)
-    idle = len(passes) - len(shown)
-    rest = Text(f"{idle} {'more ' if shown else ''}pass runs found nothing to do", style="dim")
-    return Group(*([table] if shown else []), *([rest] if idle else []))
+    idle = len(passes) - len(listed)
+    rest = Text(f"{idle} {'more ' if listed else ''}pass runs found nothing to do", style="dim")
+    return Group(*([table] if listed else []), *([rest] if idle else []))
 
 
 def pass_cells(entry: PassReport) -> list[str]:
@@ -122,13 +127,19 @@ def facts(report: Report) -> list[tuple[str, str]]:
         rows.append(
             (
                 "latency",
-                f"{latency.before_ms:.2f} -> {latency.after_ms:.2f} ms, {latency.speedup:.2f} times as fast "
-                f"(medians of {latency.rounds} rounds in turn)",
+                f"{milliseconds(latency.before_ms)} -> {milliseconds(latency.after_ms)} ms, "
+                f"{latency.speedup:.2f} times as fast "
+                f"(medians over the middle half of {latency.rounds} rounds in turn)",
             )
         )
     if report.seconds:
         rows.append(("time", ", ".join(f"{step} {seconds:.1f} s" for step, seconds in report.seconds.items())))
     return rows
+
+
+def milliseconds(latency: float) -> str:
+    """With as many digits as a ratio of two such figures needs to be checked by hand."""
+    return f"{latency:.0f}" if latency >= 1000 else f"{latency:.1f}" if latency >= 100 else f"{latency:.3g}"
 
 
 def _size_facts(before: Size, after: Size) -> list[tuple[str, str]]:
@@ -146,11 +157,23 @@ def verification_text(report: Report) -> str:
     """The outcome of verification in words."""
     outcome = report.verification
     if outcome.passed is None:
-        return f"no ({outcome.reason})" if outcome.reason else f"no (verify={outcome.mode})"
+        return f"no ({outcome.reason})" if outcome.reason else "no (verification was off)"
     error = "" if outcome.max_rel_error is None else f", largest relative error {outcome.max_rel_error:.1e}"
     absolute = "" if outcome.max_abs_error is None else f", absolute {outcome.max_abs_error:.1e}"
-    on = f" on {outcome.cases} {outcome.inputs} input{'s' if outcome.cases != 1 else ''}"
-    return f"{'yes' if outcome.passed else 'FAILED: ' + outcome.reason}{on}{error}{absolute}"
+    return f"{'yes' if outcome.passed else 'FAILED: ' + outcome.reason}{verified_on(outcome)}{error}{absolute}"
+
+
+def verified_on(outcome: VerificationReport) -> str:
+    """` on 3 given and 4 random inputs (batch: 1, 2; 4 mask styles), 2 of 2 branches`; empty if nothing was."""
+    kinds = [(outcome.given, "given"), (outcome.derived, "derived from them"), (outcome.random, "random")]
+    counts = [f"{number} {kind}" for number, kind in kinds if number]
+    if not counts:
+        return ""
+    detail = [*outcome.sizes, *([f"{len(outcome.masks)} mask styles"] if outcome.masks else [])]
+    among = f" ({'; '.join(detail)})" if detail else ""
+    compared = outcome.reached + outcome.forced
+    went = f", {compared} of {outcome.branches} branches" if outcome.branches else ""
+    return f" on {' and '.join(counts)} input{'s' if outcome.cases != 1 else ''}{among}{went}"
 
 
 def facts_table(rows: Sequence[tuple[str, str]]) -> Table:
@@ -163,9 +186,25 @@ def facts_table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+class _Table(Table):
+    """A table whose cells are text, never markup, and safe to show before its columns are measured."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """See rich."""
+        super().add_row(*map(_safe, cells), **options)
+
+
+def _safe(cell: RenderableType | None) -> RenderableType | None:
+    if isinstance(cell, str):
+        return Text(shown(cell, _NAME))
+    if isinstance(cell, Text) and not cell.spans:
+        return Text(paragraph(cell.plain, _CELL), style=cell.style)
+    return cell
+
+
 def plain_table(*, show_header: bool = True) -> Table:
     """A table without lines."""
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="dim")
+    return _Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="dim")
 
 
 def findings_table(found: Sequence[Finding], *, limit: int | None = None) -> RenderableType:
@@ -176,7 +215,7 @@ def findings_table(found: Sequence[Finding], *, limit: int | None = None) -> Ren
     table.add_column("why", overflow="fold")
     table.add_column("nodes", overflow="fold")
     for finding in found[:limit]:
-        reason = f"undone: {finding.reason}" if finding.verdict == "rolled_back" else finding.reason
+        reason = f"rolled back: {finding.reason}" if finding.verdict == "rolled_back" else finding.reason
         table.add_row(
             str(finding.count),
             Text(finding.rule),
@@ -192,10 +231,13 @@ def place_list(places: Sequence[Sequence[str]], *, brief: bool) -> str:
     """The nodes of each place on a line of its own; brief: the first nodes of the first places on one line."""
     known = [nodes for nodes in places if nodes]
     if not brief:
-        return "\n".join(", ".join(nodes) for nodes in known)
-    shown = [", ".join(nodes[:NODES_SHOWN]) + (", ..." if len(nodes) > NODES_SHOWN else "") for nodes in known]
+        return "\n".join(", ".join(map(shown, nodes)) for nodes in known)
+    told = [
+        ", ".join(map(shown, nodes[:NODES_SHOWN])) + (", ..." if len(nodes) > NODES_SHOWN else "")
+        for nodes in known[:PLACES_SHOWN]
+    ]
     rest = len(known) - PLACES_SHOWN
-    return "; ".join(shown[:PLACES_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+    return "; ".join(told) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def change(before: int | None, after: int | None) -> str:

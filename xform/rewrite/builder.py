@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from xform.graph.kernels import computing_type
+from xform.graph.reshape import constant_target
+from xform.graph.rounding import narrowed, rounding_loss
 from xform.graph.shapes import infer_node
-from xform.graph.values import ORIGIN, Array
+from xform.graph.values import ORIGIN, Array, Dim, shape_of
 
 Input = ir.Value | Array | float | int | bool | Sequence[int] | None
 
 PASS = "xform.pass"
 RULE = "xform.rule"
 
+_LOSSLESS = 1e-11  # relative, among float64 operands
+
 
 class Builder:
     """Collects the nodes and initializers of one rewrite; the rewriter inserts them.
+
+    Attributes:
+        nodes, initializers: What was built, in order.
+        lossy: Numbers that were not kept: attributes that float32, the type of every float attribute, cannot hold as
+            precisely as the operands of their node need it, and folded constants that their dtype cannot hold. The
+            rewriter refuses such a replacement.
 
     Args:
         opsets: Opset imports of the graph; a new domain is added at version 1.
@@ -31,6 +43,7 @@ class Builder:
     ) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
+        self.lossy: list[str] = []
         self._opsets = opsets
         self._unique = unique
         self._metadata = {ORIGIN: origin, PASS: pass_name, RULE: rule}
@@ -58,10 +71,37 @@ class Builder:
         for output in node.outputs:
             output.name = self._unique(f"{node.name}_out")
         node.metadata_props.update(self._metadata)
+        self.lossy.extend(
+            f"{name} = {value!r} of {op_type} is not exact as an attribute, which is float32"
+            for name, value in attributes.items()
+            if isinstance(value, float) and not _survives(value, computing_type(node))
+        )
         self._opsets.setdefault(domain, 1)
         infer_node(node, self._opsets[domain])
         self.nodes.append(node)
         return node.outputs
+
+    def reshape(self, x: ir.Value, *sizes: int | slice) -> ir.Value:
+        """A Reshape that also holds where a named dim of `x` is 0 (`xform.graph.reshape`).
+
+        Args:
+            sizes: One entry per new axis: a number, or the axes of `x` whose sizes are multiplied, as a slice.
+        """
+        shape = shape_of(x)
+        assert shape is not None
+        wanted = [size if isinstance(size, int) else _merged_dim(shape[size]) for size in sizes]
+        target = constant_target(wanted, shape)
+        if target is not None:
+            return self.op("Reshape", x, target)
+        parts = [[size] if isinstance(size, int) else self._merged_size(x, size, len(shape)) for size in sizes]
+        result = self.op("Reshape", x, self.op("Concat", *parts, axis=0), allowzero=1)
+        result.shape = ir.Shape(wanted)
+        return result
+
+    def _merged_size(self, x: ir.Value, axes: slice, rank: int) -> ir.Value:
+        start, end, _ = axes.indices(rank)
+        sizes = self.op("Shape", x, start=start, end=end)
+        return sizes if end - start == 1 else self.op("ReduceProd", sizes, keepdims=1)
 
     def constant(self, array: Array | ir.TensorProtocol, name: str = "constant") -> ir.Value:
         """A new initializer. `name` is a base; a suffix is added where it is taken."""
@@ -75,6 +115,25 @@ class Builder:
         self.initializers.append(value)
         return value
 
+    def discard(self) -> None:
+        """Let go of what was built, so that its operands do not count it among their readers."""
+        for node in self.nodes:
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
+        self.nodes.clear()
+        self.lossy.clear()
+        self.initializers.clear()
+
+    def folded(self, array: Array, dtype: ir.DataType, name: str, *, summand: bool = False) -> ir.Value:
+        """A new initializer from numbers in float64, rounded once to `dtype`.
+
+        Where that destroys more than it rounds (`xform.graph.rounding`), the rewriter refuses the replacement.
+        """
+        loss = rounding_loss(array, dtype, summand=summand)
+        if loss is not None:
+            self.lossy.append(f"the folded constant {name} {loss}")
+        return self.constant(narrowed(array, dtype), name)
+
     def _input(self, given: Input, like: ir.DataType | None) -> ir.Value | None:
         if given is None or isinstance(given, ir.Value):
             return given
@@ -85,3 +144,16 @@ class Builder:
                 raise TypeError("a bare number needs another input to take its dtype from")
             return self.constant(np.asarray(given, dtype=like.numpy()))
         return self.constant(np.asarray(given, dtype=np.int64))
+
+
+def _merged_dim(dims: Sequence[Dim]) -> Dim:
+    numbers = [dim for dim in dims if isinstance(dim, int)]
+    return math.prod(numbers) if len(numbers) == len(dims) else dims[0] if len(dims) == 1 else None
+
+
+def _survives(number: float, dtype: ir.DataType | None) -> bool:
+    """Whether a float attribute is as good as `number` for a node that computes in `dtype`."""
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(number))
+    tolerance = _LOSSLESS if dtype is ir.DataType.DOUBLE else 2.0**-23
+    return kept == number or (math.isfinite(kept) and abs(kept - number) <= tolerance * abs(number))

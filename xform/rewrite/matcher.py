@@ -16,7 +16,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from xform.graph.values import is_constant, is_op, scalar
+from xform.graph.kernels import computing_type
+from xform.graph.values import is_constant, is_op, rank_of, scalar
 from xform.rewrite.pattern import COMMUTATIVE, Const, Flat, Maybe, Op, Or, Out, Outputs, Pattern, Var
 from xform.rewrite.remarks import Cost
 
@@ -24,8 +25,11 @@ _EPSILON = {
     ir.DataType.FLOAT16: 2.0**-10,
     ir.DataType.BFLOAT16: 2.0**-7,
     ir.DataType.FLOAT: 2.0**-23,
-    ir.DataType.DOUBLE: 2.0**-52,
 }
+_DOUBLE = 1e-11  # relative, for float64 values: 0.7978845608 is sqrt(2 / pi), the float32 nearest to it is not
+
+# Operators whose result has the rank of the operand with more axes, a constant of a single element included.
+_BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min")
 
 
 @dataclass
@@ -169,7 +173,7 @@ class Search:
             return False
         if pattern.value is not None:
             number = scalar(value)
-            if number is None or not close(float(number), pattern.value, _tolerance(pattern.tolerance, value)):
+            if number is None or not close(float(number), pattern.value, _tolerance(pattern.tolerance, value.dtype)):
                 self._missed(b, f"the constant {pattern.value:g}, found {number}", None)
                 return False
         return pattern.where is None or pattern.where(value)
@@ -187,10 +191,13 @@ class Search:
             return
         for name, expected in pattern.attributes.items():
             actual = self._attribute(node, name)
-            if not (expected(actual) if callable(expected) else _equal(actual, expected)):
+            if not (expected(actual) if callable(expected) else _equal(actual, expected, computing_type(node))):
                 self._missed(b, f"{node.op_type} with attribute {name} = {expected}, found {actual}", node)
                 return
         if pattern.where is not None and not pattern.where(node):
+            return
+        if any(isinstance(p, Const) and p.value is not None for p in pattern.inputs) and _raises_rank(node):
+            self._missed(b, f"{node.op_type} by a number that adds no axis to the other operand", node)
             return
         inputs = _inputs(node)
         if len(inputs) > len(pattern.inputs) and not pattern.more_inputs:
@@ -246,7 +253,7 @@ class Search:
             if len(leaves) != len(pattern.terms) or (not nodes and not pattern.is_neutral_allowed()):
                 continue
             if pattern.coefficient is not None and not close(
-                coefficient, pattern.coefficient, _tolerance(pattern.tolerance, value)
+                coefficient, pattern.coefficient, _tolerance(pattern.tolerance, value.dtype)
             ):
                 continue
             numbers = {**b.numbers, pattern.name: coefficient} if pattern.name else b.numbers
@@ -291,6 +298,19 @@ def _inputs(node: ir.Node) -> list[ir.Value | None]:
     return inputs
 
 
+def _raises_rank(node: ir.Node) -> bool:
+    """Whether a constant of one element gives the result of an elementwise operator more axes than the rest has.
+
+    An operand of unknown rank is taken to have one axis at least.
+    """
+    if node.op_type not in _BROADCASTING:
+        return False
+    single = [value for value in node.inputs if scalar(value) is not None]
+    ranks = [rank_of(value) for value in node.inputs if value is not None and value not in single]
+    most = max((1 if rank is None else rank for rank in ranks), default=0)
+    return any((rank_of(value) or 0) > most for value in single)
+
+
 def _same_value(a: ir.Value, b: ir.Value) -> bool:
     if a is b:
         return True
@@ -303,13 +323,16 @@ def close(actual: float, expected: float, tolerance: float) -> bool:
     return math.isclose(actual, expected, rel_tol=tolerance, abs_tol=1e-30)
 
 
-def _tolerance(base: float, value: ir.Value) -> float:
-    return max(base, 4 * _EPSILON.get(value.dtype, 0.0)) if value.dtype is not None else base
+def _tolerance(base: float, dtype: ir.DataType | None) -> float:
+    """How far two spellings of one number may be apart, relative, among values of `dtype`."""
+    if dtype is ir.DataType.DOUBLE:
+        return min(base, _DOUBLE)
+    return max(base, 4 * _EPSILON.get(dtype, 0.0)) if dtype is not None else base
 
 
-def _equal(actual: Any, expected: Any) -> bool:
+def _equal(actual: Any, expected: Any, dtype: ir.DataType | None) -> bool:
     if isinstance(expected, float) and isinstance(actual, int | float):
-        return math.isclose(actual, expected, rel_tol=1e-6)
+        return close(float(actual), expected, _tolerance(1e-6, dtype))
     if isinstance(expected, list | tuple) and actual is not None:
         return list(actual) == list(expected)
     return bool(actual == expected)
@@ -340,13 +363,15 @@ def product_cuts(value: ir.Value, limit: int) -> Iterator[Cut]:
     if limit >= 1:
         yield 1.0, (value,), ()
     node = value.producer()
-    if is_op(node, "Neg") and node is not None:
+    if node is None or _raises_rank(node):
+        return
+    if is_op(node, "Neg"):
         yield from _through(node, lambda c: -c, product_cuts, limit)
-    elif is_op(node, "Div") and node is not None:
+    elif is_op(node, "Div"):
         divisor = scalar(node.inputs[1])
         if isinstance(divisor, float) and divisor != 0:
             yield from _through(node, lambda c: c / divisor, product_cuts, limit)
-    elif is_op(node, "Mul") and node is not None:
+    elif is_op(node, "Mul"):
         yield from _both(node, lambda a, b: a * b, product_cuts, limit)
 
 
@@ -359,11 +384,13 @@ def sum_cuts(value: ir.Value, limit: int) -> Iterator[Cut]:
     if limit >= 1:
         yield 0.0, (value,), ()
     node = value.producer()
-    if is_op(node, "Sub") and node is not None:
+    if node is None or _raises_rank(node):
+        return
+    if is_op(node, "Sub"):
         subtrahend = scalar(node.inputs[1])
         if isinstance(subtrahend, int | float):
             yield from _through(node, lambda c: c - subtrahend, sum_cuts, limit)
-    elif is_op(node, "Add") and node is not None:
+    elif is_op(node, "Add"):
         yield from _both(node, lambda a, b: a + b, sum_cuts, limit)
 
 

@@ -85,8 +85,10 @@ class Const(Pattern):
     """A constant.
 
     Args:
-        value: Matches a one-element constant of this value (rank 0, or any shape of ones), within `tolerance`
-            relative; None matches every constant. An initializer that the caller can override is no constant.
+        value: Matches a one-element constant of this value, within `tolerance` relative (1e-11 in float64); None
+            matches every constant. It may have axes of size 1, in an elementwise operator no more of them than the
+            other operand has, which it would give more axes. An initializer that the caller can override is not a
+            constant.
         where: Further condition on the value.
     """
 
@@ -209,8 +211,9 @@ class Or(Pattern):
 class Flat(Pattern):
     """A product or a sum of exactly these terms, however the operators associate and whatever their order.
 
-    A product runs through Mul, Neg and Div by a constant; a sum through Add and Sub of a constant. All scalar
-    constants in it are gathered into one coefficient (float64): their product, or their sum.
+    A product runs through Mul, Neg and Div by a constant; a sum through Add and Sub of a constant. All constants of
+    one element in it are gathered into one coefficient (float64): their product, or their sum. A constant that has more
+    axes than what it is applied to ends the product or sum.
 
     Args:
         kind: "product" or "sum".

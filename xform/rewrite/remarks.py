@@ -35,6 +35,7 @@ class Remark:
         nodes: Original names of the nodes concerned.
         reason: For missed and rolled_back: the failed condition. For applied: what was done, may be empty.
         concept: What users ask about ("attention", "layer_norm", "batch_norm", ...), for `explain`.
+        touches: Concepts that its nodes were in the captured model: a merged convolution touches "batch_norm" too.
     """
 
     pass_name: str
@@ -45,11 +46,16 @@ class Remark:
     concept: str = ""
     cost_before: Cost | None = None
     cost_after: Cost | None = None
+    touches: tuple[str, ...] = ()
+
+    def is_about(self, name: str) -> bool:
+        """Whether its concept, pass or rule is `name`, or one of its nodes was a `name`."""
+        return name in (self.concept, self.pass_name, self.rule, *self.touches)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         data = asdict(self)
-        data["nodes"] = list(self.nodes)
+        data["nodes"], data["touches"] = list(self.nodes), list(self.touches)
         return data
 
 
@@ -73,5 +79,5 @@ class RemarkLog:
         return sum(r.verdict == verdict and (concept is None or r.concept == concept) for r in self.remarks)
 
     def about(self, concept: str) -> list[Remark]:
-        """Remarks whose concept, pass or rule contains `concept`."""
-        return [r for r in self.remarks if concept in (r.concept, r.pass_name, r.rule) or concept in r.rule]
+        """Remarks about `concept`, and those of rules whose name contains it."""
+        return [r for r in self.remarks if r.is_about(concept) or concept in r.rule]

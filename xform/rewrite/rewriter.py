@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from xform.errors import XformError
 from xform.graph.values import display_name
+from xform.rewrite.agreement import disagreement, lost_kernel
 from xform.rewrite.builder import Builder
 from xform.rewrite.edits import Edit, commit, undo
 from xform.rewrite.matcher import Match, Search
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 FEW_READERS = 8
 MAX_ORIGINS = 24  # names kept in a node's provenance; longer lists end in "+N more"
+
+
+def _values(result: ir.Value | Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+    return (result,) if isinstance(result, ir.Value) else tuple(result)
 
 
 @dataclass
@@ -134,11 +139,11 @@ class Rewriter:
         names = tuple(dict.fromkeys(display_name(n) for n in nodes))  # before the commit, which renames values
         builder = Builder(self.model.opset_imports, self._unique, origin, self.pass_name, rule.name)
         result = rule.rewrite(match, builder)
-        if isinstance(result, Failure):
-            return result
-        values = (result,) if isinstance(result, ir.Value) else tuple(result)
-        if len(values) != len(match.roots):
-            raise XformError(f"rule {rule.name} gave {len(values)} values for {len(match.roots)} roots", where=origin)
+        values = () if isinstance(result, Failure) else _values(result)
+        refused = result if isinstance(result, Failure) else self._refused(rule, match, values, builder)
+        if refused is not None:
+            builder.discard()
+            return refused
         edit = commit(rule.name, origin, match.roots, values, builder, self._unique)
         self.edits.append(edit)
         self.context.applications += 1
@@ -148,6 +153,18 @@ class Rewriter:
             self.pass_name, rule.name, "applied", names, match.note, rule.concept, match.cost_before, match.cost_after
         )
         return edit
+
+    def _refused(self, rule: Rule, match: Match, values: Sequence[ir.Value], builder: Builder) -> Failure | None:
+        """Why the replacement is not what it replaces, whatever the rule says; see `xform.rewrite.agreement`."""
+        nodes = match.all_nodes()
+        if len(values) != len(match.roots):
+            raise XformError(
+                f"rule {rule.name} gave {len(values)} values for {len(match.roots)} roots", where=_origin(nodes)
+            )
+        reason = next(iter(builder.lossy), None) or lost_kernel(nodes, builder.nodes, self.context.target)
+        for old, new in zip(match.roots, values, strict=True):
+            reason = reason or disagreement(old, new)
+        return None if reason is None else Failure(reason, tuple(nodes))
 
     def _tell_missed(self) -> None:
         told: set[tuple[str, tuple[str, ...], str]] = set()

@@ -45,8 +45,9 @@ def _norm_result(model: ir.Model) -> np.ndarray:
 def test_ranges_are_those_of_all_batches() -> None:
     batches = [X, {"x": 2 * X["x"] + 1}, {"x": -X["x"]}]
     ranges = norm_ranges(_model(), batches)
-    values = [n.outputs[0] for n in _model().graph if n.op_type == "LayerNormalization"]
-    every = np.concatenate([arrays[0] for arrays in observe(_model(), batches, values)])
+    model = _model()
+    values = [n.outputs[0] for n in model.graph if n.op_type == "LayerNormalization"]
+    every = np.concatenate([arrays[0] for arrays in observe(model, batches, values)])
     np.testing.assert_allclose(ranges["n"].low, every.min(axis=0))
     np.testing.assert_allclose(ranges["n"].peak, np.abs(every).max(axis=0))
 

@@ -107,3 +107,44 @@ def test_an_adapter_with_a_nonlinearity_is_left_and_told():
     model, remarks = check(body, constants, (2, 5, 24), "[2,5,N]")
     assert "Gelu" in ops(model)
     assert any("Gelu between its products" in r.reason for r in missed(remarks))
+
+
+ROWS = np.array([-1, 24])
+
+
+def rows_beside_lora(outer: str, back: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
+    """A product of rows (torch's addmm between two views) with low-rank factors beside it, [2,5,24] to [2,5,40]."""
+    rng = np.random.default_rng(20)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    constants = {
+        "w": draw(24, 40), "c": draw(40), "a": draw(24, 4), "b": draw(4, 40), "s": np.array(0.7, np.float32),
+        "rows": ROWS, "back": back,
+    }  # fmt: skip
+    body = f"""r = Reshape (x, rows) p = MatMul (r, w) q = Add (p, c) t = Reshape (q, back) {outer}
+               h = MatMul (x, a) i = MatMul (h, b) j = Mul (i, s) y = Add (u, j)"""
+    return body, constants
+
+
+def test_low_rank_factors_beside_a_product_of_rows_that_changes_the_number_of_channels():
+    """GPT-2's Conv1D: peft's factors read the tokens, the base product reads them as rows."""
+    body, constants = rows_beside_lora("u = Identity (t)", np.array([2, 5, 40]))
+    body = body.replace("u = Identity (t)", "").replace("(u, j)", "(t, j)")
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]", atol=1e-4)
+    assert ops(model) == ["MatMul", "Add"]
+
+
+def test_rows_that_come_back_in_another_shape_stay_apart():
+    """[2,5,24] to rows to [5,2,40]: the tokens are others, so that the sum with the factors is after a transpose."""
+    body, constants = rows_beside_lora("u = Transpose <perm=[1,0,2]> (t)", np.array([5, 2, 40]))
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]", atol=1e-4)
+    assert ops(model).count("MatMul") == 3 and ops(model).count("Reshape") == 2
+
+
+def test_rows_of_halved_tokens_stay_apart():
+    """[2,5,24] to rows of 12 to [2,10,20]: the reshape takes channels for tokens."""
+    rng = np.random.default_rng(21)
+    constants = {"w": rng.standard_normal((12, 20)).astype(np.float32), "rows": np.array([-1, 12])}
+    constants |= {"back": np.array([2, 5, 40]), "v": rng.standard_normal((24, 40)).astype(np.float32)}
+    body = "r = Reshape (x, rows) p = MatMul (r, w) t = Reshape (p, back) h = MatMul (x, v) y = Add (t, h)"
+    model, _ = check(body, constants, (2, 5, 24), "[2,5,N]", atol=1e-4)
+    assert ops(model).count("MatMul") == 2

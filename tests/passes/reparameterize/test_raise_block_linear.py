@@ -202,7 +202,7 @@ def test_overflow_of_the_weight_type_is_refused() -> None:
     weights = {name: (300 * np.ones_like(a)).astype("float16") for name, a in block_dense_weights(12, 12, 7, 3).items()}
     model = parse(text, weights)
     remarks = apply(model, PASS)
-    assert missed(remarks) == ["the dense matrix overflows the type of the weights"]
+    assert missed(remarks) == ["the dense matrix overflows FLOAT16"]
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,311 @@
+"""Two sets of outputs compared number by number, and how far apart rounding alone may bring them.
+
+A number may differ from the reference by a small part of itself or, where it is small beside its neighbours, of their
+typical size. Where it differs by more, the reference itself is the arbiter: the original graph is run again with every
+weight, input and intermediate value moved by about a rounding error. What moves a number of the original that far may
+move it in the result too (a comparison at its threshold, a difference of nearly equal numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+from differential_sketch import BF16, F16, F32, F64
+from onnx import AttributeProto, helper, numpy_helper
+
+# dtype: (relative tolerance, size of a nudge)
+TOLERANCES = {"float64": (1e-10, 1e-15), "float32": (4e-5, 3e-7), "float16": (8e-3, 1.5e-3), "bfloat16": (3e-2, 8e-3)}
+ARBITER = 24.0  # times what nudging does
+NUDGED_RUNS = 6
+_BOUNDED = ("Div", "Reciprocal", "Sigmoid", "Tanh", "Erf", "Softmax", "HardSigmoid")
+
+Outputs = list[Any]
+Feed = Mapping[str, Any]
+
+
+def session(model: onnx.ModelProto | bytes, *, optimized: bool = False) -> ort.InferenceSession:
+    """An ONNX Runtime session on one thread, by default without the runtime's graph optimizations."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output that differs.
+
+    Attributes:
+        output: Its position.
+        what: In words.
+        error: Largest difference relative to the allowed one.
+    """
+
+    output: int
+    what: str
+    error: float
+
+
+def differences(
+    want: Outputs,
+    got: Outputs,
+    spread: Sequence[Any] | None = None,
+    keep: Any = None,
+    *,
+    lenient: bool = False,
+    loose: bool = False,
+) -> list[Difference]:
+    """Outputs that differ by more than rounding.
+
+    Args:
+        spread: Per output, how far nudging moves each number of the reference.
+        keep: A mask over the leading axes of what is compared; None for all.
+        lenient: Whether a NaN of the reference may be anything in the result (documented for masked attention).
+        loose: Whether an infinity and a NaN are the same (for infinite inputs: sums of products in another order).
+    """
+    found = []
+    for i, (x, y) in enumerate(zip(want, got, strict=True)):
+        x, y = np.asarray(x), np.asarray(y)
+        if x.shape != y.shape or x.dtype != y.dtype:
+            found.append(Difference(i, f"{x.dtype}{list(x.shape)} became {y.dtype}{list(y.shape)}", np.inf))
+            continue
+        moved = None if spread is None else np.asarray(spread[i])
+        if keep is not None and x.shape[: keep.ndim] == keep.shape:
+            x, y = x[keep], y[keep]
+            moved = None if moved is None else moved[keep]
+        wrong = _numbers(x, y, moved, lenient, loose)
+        if wrong is not None:
+            found.append(Difference(i, *wrong))
+    return found
+
+
+def _numbers(x: Any, y: Any, spread: Any, lenient: bool, loose: bool) -> tuple[str, float] | None:
+    if not x.size:
+        return None
+    if x.dtype.kind in "biuSUO":
+        apart = x != y
+        if spread is not None and x.dtype.kind != "O":
+            apart = apart & ~(spread > 0)
+        return (f"{int(apart.sum())} of {x.size} values differ", np.inf) if apart.any() else None
+    tolerance = TOLERANCES[str(x.dtype)][0]
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    live = np.ones(a.shape, bool)
+    if spread is not None:
+        live &= np.isfinite(spread)  # where nudging makes or unmakes an infinity, anything may come out
+    if lenient:
+        live &= ~np.isnan(a)
+    finite = np.isfinite(a)
+    odd = live & (finite != np.isfinite(b))
+    if not loose:
+        odd |= live & ~finite & (np.isnan(a) != np.isnan(b)) | live & np.isinf(a) & (a != b)
+    if odd.any():
+        return f"{int(odd.sum())} of {x.size} are finite on one side only", np.inf
+    live &= finite
+    if not live.any():
+        return None
+    sizes = np.abs(a[live])
+    scale = max(float(np.median(sizes)), 1e-3 * float(sizes.max()))
+    allowed = tolerance * np.maximum(sizes, scale) + float(np.finfo(np.float64).tiny)
+    if spread is not None:
+        allowed = allowed + ARBITER * spread[live]
+    error = np.abs(a[live] - b[live])
+    bad = error > allowed
+    if not bad.any():
+        return None
+    worst = int(np.argmax(error / allowed))
+    text = f"{int(bad.sum())} of {x.size} differ, {a[live][worst]:.7g} became {b[live][worst]:.7g}"
+    return text, float((error / allowed)[worst])
+
+
+def spread(model: onnx.ModelProto, feed: Feed, want: Outputs, rounding: str = "") -> list[Any] | None:
+    """How far nudging moves each number; None where nudged graphs do not run.
+
+    Args:
+        rounding: The dtype whose rounding errors to nudge by, where it is not that of each value.
+    """
+    moved: list[Any] = [np.zeros(np.asarray(x).shape) for x in want]
+    ran = False
+    for seed in range(NUDGED_RUNS):
+        rng = np.random.default_rng(seed)
+        try:
+            moved_feed = {k: _nudge(v, rng, rounding) for k, v in feed.items()}
+            outputs = session(nudged(model, rng, rounding)).run(None, moved_feed)
+        except Exception:  # the runtime has no kernel for one of the products that nudge; the others may do
+            continue
+        ran = True
+        for i, (x, y) in enumerate(zip(want, outputs, strict=True)):
+            x, y = np.asarray(x), np.asarray(y)
+            if x.shape != y.shape:
+                moved[i] = np.full(x.shape, np.inf)
+            elif x.dtype.kind in "fV":
+                a, b = x.astype(np.float64), y.astype(np.float64)
+                apart = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.inf)
+                same = (a == b) | (np.isnan(a) & np.isnan(b))
+                moved[i] = np.maximum(moved[i], np.where(same, 0.0, apart))
+            else:
+                moved[i] = np.maximum(moved[i], x != y)
+    return moved if ran else None
+
+
+def _step(dtype: Any, rounding: str) -> float:
+    return TOLERANCES[rounding or str(np.dtype(dtype))][1]
+
+
+def _nudge(array: Any, rng: np.random.Generator, rounding: str) -> Any:
+    array = np.asarray(array)
+    if str(array.dtype) not in TOLERANCES:
+        return array
+    step = _step(array.dtype, rounding) * rng.uniform(-1, 1, array.shape)
+    with np.errstate(all="ignore"):
+        return (array.astype(np.float64) * (1 + step)).astype(array.dtype)
+
+
+def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "") -> onnx.ModelProto:
+    """The model with every weight moved, and each float value multiplied by nearly one.
+
+    Quotients and bounded functions are moved by a part of their largest value too: runtimes compute these functions,
+    which quotients may be spellings of, to an absolute error.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    graph = out.graph
+    for tensor in graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype.kind == "f" and array.size:
+            tensor.CopyFrom(numpy_helper.from_array(_nudge(array, rng, rounding), tensor.name))
+    types = _float_values(model)
+    nodes = list(graph.node)
+    outputs, captured = {o.name for o in graph.output}, _captured(nodes)
+    del graph.node[:]
+    renamed: dict[str, str] = {}
+    for node in nodes:
+        node.input[:] = [renamed.get(n, n) for n in node.input]
+        place = len(graph.node)
+        graph.node.append(node)
+        for name in node.output if all(a.type != AttributeProto.GRAPH for a in node.attribute) else ():
+            if types.get(name) is not None and name not in captured:
+                made = _moved(graph, place, name, types[name], rng, rounding, final=name in outputs)
+                if made != name:
+                    renamed[name] = made
+    return out
+
+
+def _moved(
+    graph: Any, place: int, name: str, dtype: int, rng: np.random.Generator, rounding: str, *, final: bool
+) -> str:
+    """Nodes that move a value; its new name, which is the old one for an output of the graph."""
+    node = graph.node[place]
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    step = _step(kind, rounding)
+    source, target = name, f"nudged:{name}"
+    if final:
+        source, target = f"plain:{name}", name
+        node.output[:] = [source if n == name else n for n in node.output]
+
+    def number(label: str, value: float) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value).astype(kind), f"{label}:{name}"))
+        return f"{label}:{name}"
+
+    factor = number("nudge", 1 + step * rng.uniform(-1, 1))
+    if node.op_type not in _BOUNDED:
+        graph.node.append(helper.make_node("Mul", [source, factor], [target]))
+        return target
+    graph.node.append(helper.make_node("Mul", [source, factor], [f"near:{name}"]))
+    shift = number("shift", step / 4 * rng.uniform(-1, 1))
+    if node.op_type == "Div":
+        graph.node.append(helper.make_node("Mul", [node.input[0], shift], [f"part:{name}"]))
+        shift = f"part:{name}"
+    graph.node.append(helper.make_node("Add", [f"near:{name}", shift], [target]))
+    return target
+
+
+def _captured(nodes: Sequence[onnx.NodeProto]) -> set[str]:
+    names: set[str] = set()
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                names |= {n for inner in attribute.g.node for n in inner.input} | _captured(attribute.g.node)
+                names |= {v.name for v in attribute.g.output}
+    return names
+
+
+def _float_values(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model)
+    found = {}
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
+        kind = value.type.tensor_type.elem_type
+        if kind in (F16, F32, F64):
+            found[value.name] = kind
+    return found
+
+
+def retyped(model: onnx.ModelProto, source: int, target: int) -> onnx.ModelProto:
+    """The model with one float type in place of another, everywhere."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    for tensor in _tensors(out):
+        if tensor.data_type == source:
+            tensor.CopyFrom(_converted(tensor, target))
+    for kind in _types(out):
+        if kind.elem_type == source:
+            kind.elem_type = target
+    for node in _nodes(out):
+        for attribute in node.attribute:
+            to_type = (node.op_type, attribute.name) in {
+                ("Cast", "to"),
+                ("EyeLike", "dtype"),
+                ("Attention", "softmax_precision"),
+            }
+            if to_type and attribute.i == source:
+                attribute.i = target
+    return out
+
+
+def _converted(tensor: onnx.TensorProto, target: int) -> onnx.TensorProto:
+    array = numpy_helper.to_array(tensor)
+    kind = ml_dtypes.bfloat16 if target == BF16 else helper.tensor_dtype_to_np_dtype(target)
+    with np.errstate(over="ignore"):
+        return numpy_helper.from_array(array.astype(kind), tensor.name)
+
+
+def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting += [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
+
+
+def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for graph in _graphs(model):
+        yield from graph.node
+    waiting: list[Any] = [node for function in model.functions for node in function.node]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += [n for a in node.attribute if a.type == AttributeProto.GRAPH for n in a.g.node]
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for graph in _graphs(model):
+        yield from graph.initializer
+    for node in _nodes(model):
+        yield from (a.t for a in node.attribute if a.type == AttributeProto.TENSOR)
+
+
+def _types(model: onnx.ModelProto) -> Iterator[Any]:
+    for graph in _graphs(model):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.type.tensor_type
+
+
+Run = Callable[[Feed], Outputs]

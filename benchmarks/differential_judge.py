@@ -1,0 +1,326 @@
+"""One random graph tried: run as it is, optimized without verification, run again, compared, optimized twice."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+from differential_compare import Difference, Feed, Outputs, differences, retyped, session, spread
+from differential_graphs import Case, operators
+from differential_sketch import BF16, F16, F32
+
+OPSET_TARGETS = (13, 17, 21)
+INT8_BOUND = 0.5  # of the root mean square, over and above what noise of int8's size does
+_OPTIMIZED_SHARE = 3  # every so many graphs the result is run with the runtime's own optimizations too
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """How one graph fared.
+
+    Attributes:
+        verdict: "ok", "invalid" (the runtime refuses the original), "refused" (by a documented error), "wrong",
+            "crashed", or "not_idempotent".
+        reason: In words.
+        fired: Rules that were applied, "pass/rule" to how often.
+        operators: Operators of the standard domain in the original.
+    """
+
+    seed: int
+    attempt: int
+    config: str
+    verdict: str = "ok"
+    reason: str = ""
+    fired: dict[str, int] = field(default_factory=dict)
+    operators: list[str] = field(default_factory=list)
+    motifs: list[str] = field(default_factory=list)
+
+
+def options(case: Case) -> dict[str, Any]:
+    """Arguments of `optimize` for a case."""
+    match case.config:
+        case "portable":
+            return {"portable": True}
+        case "opset":
+            return {"opset": OPSET_TARGETS[case.seed % len(OPSET_TARGETS)]}
+        case "int8":
+            return {"preset": "int8", "calibration": [f for f in case.feeds if all(v.size for v in f.values())]}
+        case "packed":
+            return {"padding": "packed"}
+        case "torch":
+            return {"backend": "torch_triton"}
+        case _:
+            return {}
+
+
+class Original:
+    """The graph as it came, by ONNX Runtime without optimizations, and what it gives for each feed."""
+
+    def __init__(self, case: Case, tell: Tell, skip: frozenset[int]) -> None:
+        self.model = case.model
+        tell("original: load")
+        self.session = session(case.model)
+        self.outputs: list[Outputs | None] = []
+        for i, feed in enumerate(case.feeds):
+            tell(f"original: feed {i}")
+            try:
+                self.outputs.append(None if i in skip else self.session.run(None, feed))
+            except Exception:  # the original does not take these sizes, so nothing is asked of the result
+                if i == 0:
+                    raise
+                self.outputs.append(None)
+
+
+def judge(case: Case, tell: Tell, skip: frozenset[int] = frozenset(), optimize: Any = None) -> Outcome:
+    """Try one case.
+
+    Args:
+        tell: Called with what is about to be done, so that a crash of the process can be laid to it.
+        skip: Feeds that the original is known to crash on.
+        optimize: In place of `xform.optimize`.
+    """
+    import xform
+    from xform.errors import XformError
+
+    outcome = Outcome(case.seed, case.attempt, case.config, motifs=list(case.motifs))
+    outcome.operators = sorted(operators(case.model))
+    try:
+        original = Original(case, tell, skip)
+    except Exception as error:
+        outcome.verdict, outcome.reason = "invalid", str(error)[:300]
+        return outcome
+    tell("optimize")
+    model = retyped(case.model, F32, BF16) if case.config == "bfloat16" else case.model
+    before = model.SerializeToString(deterministic=True)
+    try:
+        result = (optimize or xform.optimize)(model, verify="off", **options(case))
+    except XformError as error:
+        outcome.verdict, outcome.reason = "refused", f"{type(error).__name__}: {error.what}"[:300]
+        return outcome
+    except Exception as error:
+        outcome.verdict, outcome.reason = "crashed", _where(error)
+        return outcome
+    if model.SerializeToString(deterministic=True) != before:
+        outcome.verdict, outcome.reason = "crashed", "the input was changed"
+        return outcome
+    done = [r for r in result.report.remarks if r.verdict == "applied"]
+    outcome.fired = dict(Counter(f"{r.pass_name}/{r.rule}" for r in done))
+    undone = [r for r in result.report.remarks if r.verdict == "rolled_back"]
+    if undone:
+        outcome.verdict = "crashed"
+        outcome.reason = f"rolled back without verification: {undone[0].pass_name}: {undone[0].reason}"[:300]
+        return outcome
+    try:
+        _comparenumbers(case, original, result, outcome, tell)
+        if outcome.verdict == "ok" and case.config in ("exact", "portable", "opset", "float64", "bfloat16"):
+            tell("second run")
+            _comparesecond_run(result, outcome)
+    except Exception as error:
+        outcome.verdict, outcome.reason = "crashed", _where(error)
+    return outcome
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = next((f for f in reversed(frames) if "/benchmarks/" not in f.filename), frames[-1])
+    return f"{type(error).__name__}: {str(error)[:260]} ({inner.filename.rsplit('/', 1)[-1]}:{inner.lineno})"
+
+
+def _comparesecond_run(result: Any, outcome: Outcome) -> None:
+    from xform.pipeline.manager import run_pipeline
+    from xform.pipeline.presets import resolve
+
+    again = run_pipeline(result.graph, resolve("exact"), verify="off")
+    done = sorted({f"{r.pass_name}/{r.rule}" for r in again.remarks if r.verdict == "applied"})
+    before, after = (Counter(n.op_type for n in m.graph.all_nodes()) for m in (result.graph, again.model))
+    if done or before != after:
+        outcome.verdict = "not_idempotent"
+        outcome.reason = f"a second run applied {', '.join(done) or 'nothing it tells of'}"
+
+
+def _comparenumbers(case: Case, original: Original, result: Any, outcome: Outcome, tell: Tell) -> None:
+    if case.config == "torch":
+        _comparecall(case, original, result, outcome, tell)
+        return
+    if case.config == "bfloat16":
+        _compareupcast(case, original, result, outcome, tell)
+        return
+    data = result.artifact.to_bytes()
+    for optimized in (False, True) if case.seed % _OPTIMIZED_SHARE == 0 else (False,):
+        tell(f"result: load, optimizations {'on' if optimized else 'off'}")
+        try:
+            outputs = _run_result(case, original, data, optimized, outcome, tell)
+        except Exception:
+            if optimized and _runtime_fails(case, original, tell):
+                return
+            raise
+        if outcome.verdict != "ok":
+            return
+        _compare(case, original, outputs, outcome, optimized)
+        if outcome.verdict != "ok":
+            return
+
+
+def _run_result(
+    case: Case, original: Original, data: bytes, optimized: bool, outcome: Outcome, tell: Tell
+) -> list[Outputs | None]:
+    made = session(data, optimized=optimized)
+    wrong = _interface(original.session, made)
+    if wrong:
+        outcome.verdict, outcome.reason = "wrong", wrong
+        return []
+    outputs: list[Outputs | None] = []
+    for i, (feed, want) in enumerate(zip(case.feeds, original.outputs, strict=True)):
+        tell(f"result: feed {i}")
+        outputs.append(None if want is None else made.run(None, feed))
+    return outputs
+
+
+def _runtime_fails(case: Case, original: Original, tell: Tell) -> bool:
+    """Whether the runtime's own optimizations break the original too."""
+    try:
+        made = session(case.model, optimized=True)
+        for i, (feed, want) in enumerate(zip(case.feeds, original.outputs, strict=True)):
+            tell(f"original: feed {i}")
+            if want is not None:
+                made.run(None, feed)
+    except Exception:  # that it fails is the answer
+        return True
+    return False
+
+
+def _interface(want: Any, got: Any) -> str:
+    for kind in ("inputs", "outputs"):
+        a, b = ([(v.name, v.type) for v in getattr(s, f"get_{kind}")()] for s in (want, got))
+        if a != b:
+            return f"{kind} {a} became {b}"[:300]
+    return ""
+
+
+def _comparecall(case: Case, original: Original, result: Any, outcome: Outcome, tell: Tell) -> None:
+    outputs = []
+    for i, (feed, want) in enumerate(zip(case.feeds, original.outputs, strict=True)):
+        tell(f"result: feed {i}")
+        outputs.append(None if want is None else [np.asarray(v) for v in result(feed).values()])
+    _compare(case, original, outputs, outcome, False)
+
+
+def _compareupcast(case: Case, original: Original, result: Any, outcome: Outcome, tell: Tell) -> None:
+    """bfloat16: original and result are both run in float32 on the same rounded weights."""
+    want = session(retyped(retyped(case.model, F32, BF16), BF16, F32))
+    made = session(retyped(onnx.load_model_from_string(result.artifact.to_bytes()), BF16, F32))
+    outputs: list[Outputs | None] = []
+    references: list[Outputs | None] = []
+    for i, feed in enumerate(case.feeds):
+        skipped = original.outputs[i] is None
+        tell(f"original: feed {i}")
+        references.append(None if skipped else want.run(None, feed))
+        tell(f"result: feed {i}")
+        outputs.append(None if skipped else made.run(None, feed))
+    original.outputs = references
+    _compare(case, original, outputs, outcome, False, rounding="bfloat16")
+
+
+def _compare(
+    case: Case, original: Original, outputs: list[Outputs | None], outcome: Outcome, optimized: bool, rounding: str = ""
+) -> None:
+    if case.config == "int8":
+        _compare_int8(case, original, outputs, outcome)
+        return
+    lenient = any(name.startswith("raise_attention/") for name in outcome.fired)  # rows without a key, documented
+    for i, (want, got) in enumerate(zip(original.outputs, outputs, strict=True)):
+        if want is None or got is None:
+            continue
+        keep = np.asarray(case.feeds[i][case.tokens]).astype(bool) if case.tokens else None
+        compare = partial(differences, want, got, keep=keep, lenient=lenient, loose=not _finite(case.feeds[i]))
+        found = compare()
+        if found:
+            found = _arbitrated(case, i, want, got, compare, rounding)
+        if found and optimized and _runtime_differs(case, i, want):
+            return
+        if found:
+            level = ", the runtime's optimizations on" if optimized else ""
+            outcome.verdict = "wrong"
+            outcome.reason = f"feed {i}, output {found[0].output}: {found[0].what}{level}"
+            return
+
+
+def _finite(feed: Feed) -> bool:
+    return all(np.isfinite(v).all() for v in feed.values() if v.dtype.kind == "f")
+
+
+def _arbitrated(
+    case: Case, i: int, want: Outputs, got: Outputs, compare: Callable[..., list[Difference]], rounding: str
+) -> list[Difference]:
+    """What is left of the differences when rounding has had its say."""
+    moved = spread(case.model, case.feeds[i], want, rounding)
+    found = compare(spread=moved)
+    if found and moved is not None and any(np.asarray(x).dtype == np.float16 for x in want):
+        return _nearer(case, i, want, got, found)
+    return found
+
+
+def _nearer(case: Case, i: int, want: Outputs, got: Outputs, found: list[Difference]) -> list[Difference]:
+    """In float16: what differs, but is as near to the same graph in float32 as the original is, is no mistake."""
+    feed = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in case.feeds[i].items()}
+    try:
+        truth = session(retyped(case.model, F16, F32)).run(None, feed)
+    except Exception:  # no such graph in float32: the differences stand
+        return found
+    left = []
+    for one in found:
+        t, a, b = (np.asarray(x[one.output]).astype(np.float64) for x in (truth, want, got))
+        if t.shape != a.shape or t.shape != b.shape:
+            left.append(one)
+            continue
+        scale = np.nanmedian(np.abs(t)) if t.size else 0.0
+        with np.errstate(invalid="ignore"):
+            allowed = 4 * np.abs(a - t) + 2e-2 * np.maximum(np.abs(t), scale)
+            off = np.abs(b - t) > np.where(np.isfinite(allowed), allowed, np.inf)
+        if (off & np.isfinite(t) & np.isfinite(b)).any() or (np.isfinite(a) & np.isfinite(t) & ~np.isfinite(b)).any():
+            left.append(one)
+    return left
+
+
+def _runtime_differs(case: Case, i: int, want: Outputs) -> bool:
+    """Whether the runtime's own optimizations change the original just as well."""
+    try:
+        got = session(case.model, optimized=True).run(None, case.feeds[i])
+    except Exception:  # the runtime's optimizations break the original: nothing is asked of the result
+        return True
+    return bool(differences(want, got, spread(case.model, case.feeds[i], want)))
+
+
+def _compare_int8(case: Case, original: Original, outputs: list[Outputs | None], outcome: Outcome) -> None:
+    """The root mean square of the error over the calibration data, against that of the outputs."""
+    pairs = [
+        (want, got)
+        for want, got, feed in zip(original.outputs, outputs, case.feeds, strict=True)
+        if want is not None and got is not None and all(v.size for v in feed.values())
+    ]
+    for want, got in pairs:
+        for a, b in zip(want, got, strict=True):
+            if np.asarray(a).shape != np.asarray(b).shape or np.asarray(a).dtype != np.asarray(b).dtype:
+                outcome.verdict, outcome.reason = "wrong", "another shape or dtype"
+                return
+    for k in range(len(pairs[0][0]) if pairs else 0):
+        a = [np.asarray(want[k]).astype(np.float64).reshape(-1) for want, _ in pairs]
+        b = [np.asarray(got[k]).astype(np.float64).reshape(-1) for _, got in pairs]
+        x, y = np.concatenate(a), np.concatenate(b)
+        live = np.isfinite(x)
+        if (live & ~np.isfinite(y)).any():
+            outcome.verdict, outcome.reason = "wrong", f"output {k} is not finite any more"
+            return
+        rms = float(np.sqrt(np.mean(x[live] ** 2))) if live.any() else 0.0
+        error = float(np.sqrt(np.mean((x[live] - y[live]) ** 2))) if live.any() else 0.0
+        if rms and error > INT8_BOUND * rms:
+            outcome.verdict, outcome.reason = "wrong", f"output {k}: error {error / rms:.2f} of the root mean square"
+            return
