@@ -36,7 +36,9 @@ def main() -> None:
         actual = fast.generate(**prompt, **options, max_new_tokens=16, do_sample=False)
         after = time.perf_counter() - start
         assert torch.equal(actual, expected)
-        print(f"{name}: the same {actual.shape[1] - 8} tokens; {before * 1e3:.0f} ms before, {after * 1e3:.0f} ms after")
+        print(
+            f"{name}: the same {actual.shape[1] - 8} tokens; {before * 1e3:.0f} ms before, {after * 1e3:.0f} ms after"
+        )
     print(fast)
 
 
