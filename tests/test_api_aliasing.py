@@ -62,7 +62,7 @@ def test_aliased_arguments_are_inputs_of_their_own(case: str, first_call: bool) 
             fast(*alias(x))
     else:
         with pytest.warns(xform.XformWarning, match="each argument is an input of its own"):
-            fast = xform.optimize(module, inputs=alias(x))
+            fast = xform.optimize(module, inputs=(alias(x), {}))
     assert fast.report.verification.passed and any("own" in warning for warning in fast.report.warnings)
     for args in (alias(x), apart(x)):
         torch.testing.assert_close(fast(*args), module(*args), rtol=1e-5, atol=1e-5)

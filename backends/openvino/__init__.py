@@ -139,5 +139,5 @@ def _refuse_dtypes(graph: ir.Model) -> None:
             raise TargetError(
                 f"OpenVINO cannot run the graph: {value.name!r} has {dtype}",
                 where=value.name or "",
-                hint="use backend='onnxruntime'",
+                hint="leave backend out, or use backend='torch_triton', which runs every dtype",
             )

@@ -18,9 +18,13 @@ from xform.forks import PerProcess
 from xform.optimized.base import Optimized
 from xform.optimized.graph import run_by_name
 from xform.report.brief import verdict
+from xform.report.concepts import ALIASES
+from xform.report.explanation import explanation
+from xform.report.files import report_path
 from xform.report.read import read_report
 from xform.report.schema import Report
 from xform.target import Target
+from xform.text import shown
 
 
 class _Opened(Artifact):
@@ -77,14 +81,21 @@ class LoadedModel(Optimized):
             UsageError: There is none.
         """
         if self._report is None:
-            places = [self.path.with_name(f"{self.path.stem}.report.json"), self.path.with_name("report.json")]
-            found = next((place for place in places if place.is_file()), None)
-            if found is None:
-                raise UsageError(
-                    "there is no report beside the file", where=str(self.path), hint="save with report=True"
-                )
-            self._report = read_report(found)
+            beside = report_path(self.path)
+            if not beside.is_file():
+                raise UsageError("there is no report beside the file", where=str(beside), hint="save with report=True")
+            self._report = read_report(beside)
         return self._report
+
+    def explain(self, concept: str | None = None) -> str:
+        """See the class; from the report alone, as a lowered graph has other operators than that which was rewritten."""
+        nothing = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
+        text = explanation(self.report, nothing, concept)
+        if concept is None:
+            return text
+        name = ALIASES.get(concept, concept)
+        _, *remarks = text.split("\n")
+        return "\n".join([f"{shown(name)}: {self.report.concepts.get(name, 0)} in the result", *remarks])
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run it.

@@ -69,13 +69,18 @@ class ModuleWeights:
         self._versions = {name: t._version for name, t in self._tensors.items() if not t.is_inference()}
         self._samples = list(_samples(self._tensors))
         self._next = 0
+        self._changed = False
 
     def changed(self) -> bool:
-        """Whether a weight was written, or replaced by another tensor; cheap, for every call.
+        """Whether a weight was written, or replaced by another tensor; cheap, for every call. Once it is, it stays so.
 
         Versions tell of every write but those through `.data`, which torch does not count: one sample per call, in
         turn, is looked at for these.
         """
+        self._changed = self._changed or self._has_changed()
+        return self._changed
+
+    def _has_changed(self) -> bool:
         if sum(map(_VERSION, self._tracked)) != self._total:
             return True
         if self._seen != _registrations:
@@ -90,9 +95,7 @@ class ModuleWeights:
     def names(self) -> list[str]:
         """Which weights changed."""
         written = [n for n, version in self._versions.items() if self._tensors[n]._version != version]
-        sampled = {
-            id(t) for t, pointer, view, value in self._samples if t.data_ptr() != pointer or view.tobytes() != value
-        }
+        sampled = {id(sample[0]) for sample in self._samples if _differs(sample)}
         unseen = [name for name, tensor in self._tensors.items() if id(tensor) in sampled]
         return list(dict.fromkeys([*written, *self._replaced(), *unseen]))
 
