@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -209,3 +210,8 @@ def test_pass_that_denies_breaking_the_structure_is_found_out(planted):
 def test_unknown_mode(planted):
     with pytest.raises(UsageError, match="verify must be"):
         run_pipeline(planted.chain(), [], verify="sometimes")
+
+
+def test_a_pass_that_raises_is_named_with_file_and_line(planted):
+    result = run_pipeline(planted.chain(), [planted.Raising()])
+    assert re.search(r"RuntimeError: planted \(conftest\.py:\d+\)", result.passes[0].reason)

@@ -349,3 +349,39 @@ def test_a_real_measurement_ends_with_a_working_result() -> None:
     result = xform.optimize(parse(GRAPH), "cpu", tune="quick", inputs=FEEDS, backend="onnxruntime")
     assert set(result.artifact.metadata["tuning"]["milliseconds"]) == {"onnxruntime", "input"}
     np.testing.assert_array_equal(result(FEEDS)["y"], 2 * np.ones((2, 4)))
+
+
+def _refuse_the_default(candidate: tune.Candidate, _: Any) -> str:
+    return "wrong" if candidate.label == "onnxruntime" else ""
+
+
+def test_a_wrong_candidate_is_out_however_fast_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "measure", Clock([1.0, 5.0]))
+    _, _, decision = tune.choose(competing(), CPU, FEEDS, "quick", None, _refuse_the_default)
+    assert decision.chosen == tune.INPUT
+    assert decision.failed == {"onnxruntime": "wrong"}
+
+
+def test_what_was_remembered_is_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(monkeypatch, Clock([1.0, 5.0])).chosen == "onnxruntime"
+    _, _, decision = tune.choose(competing(), CPU, FEEDS, "quick", None, _refuse_the_default)
+    assert decision.chosen == tune.INPUT and not decision.remembered
+
+
+def test_a_fast_wrong_lowering_loses_with_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xform.backends.onnxruntime import OnnxRuntimeBackend
+
+    lower = OnnxRuntimeBackend.lower
+
+    def wrong(self: Any, graph: Any, target: Target, options: LowerOptions) -> Any:
+        if not options.verbatim:
+            graph = parse("g (float[b,4] x) => (float[b,4] y) { e = Div(x, x) y = Sub(e, x) }")
+        return lower(self, graph, target, options)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "lower", wrong)
+    monkeypatch.setattr(tune, "measure", Clock([1.0, 5.0]))
+    model = parse("g (float[b,4] x) => (float[b,4] y) { e = Mul(x, x) y = Add(e, x) }")
+    result = xform.optimize(model, tune="quick", backend="onnxruntime")
+    assert result.artifact.metadata["tuning"]["chosen"] == tune.INPUT
+    remarks = [r for r in result.report.remarks if r.pass_name == "tune" and r.verdict == "missed"]
+    assert remarks and "differ" in remarks[0].reason
