@@ -253,3 +253,12 @@ def test_an_opset_that_cannot_be_written_is_refused(opset: int) -> None:
     model, _ = layer_norm()
     with pytest.raises(UsageError, match=str(opset)):
         get_backend(None, CPU).lower(model, CPU, LowerOptions(opset=opset))
+
+
+def test_rms_normalization_in_float64_keeps_its_epsilon() -> None:
+    """ONNX Runtime's own fusion of the usual spelling takes another epsilon in float64."""
+    text = """g (double[2,8] x) => (double[2,8] y) { y = RMSNormalization<epsilon = 1e-3, stash_type = 11>(x, w) }"""
+    rng = np.random.default_rng(3)
+    model = parse(text, source_opset=18, w=1 + rng.standard_normal(8))
+    result = lower_and_compare(model, {"x": 0.1 * rng.standard_normal((2, 8))}, tolerance=1e-12)
+    assert "RMSNormalization" not in operators(result)

@@ -51,3 +51,19 @@ def test_a_bias_that_adds_a_dimension_keeps_its_shape() -> None:
     text = "g (float[5,3] x, float[3,4] w, float[1,1,4] b) => (float[1,5,4] out) { p = MatMul(x, w)  out = Add(p, b) }"
     model, _ = rewritten(text, {"w": floats(3, 4), "b": floats(1, 1, 4)}, {"x": floats(5, 3)}, RaiseLinear())
     assert tuple(model.graph[1].inputs[1].shape) == (1, 1, 4)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "fires"),
+    [(1e5, 1.0, False), (1e-8, 1.0, False), (1.0, 1e5, False), (2.0, 0.5, True), (1.0, 1e-7, True)],
+)
+def test_factors_that_float16_weights_cannot_take_are_left(alpha: float, beta: float, fires: bool) -> None:
+    rng = np.random.default_rng(5)
+    constants = {"w": rng.standard_normal((3, 4)).astype("float16"), "c": rng.standard_normal(4).astype("float16")}
+    feeds = {"x": (rng.standard_normal((5, 3)) * 1e-3).astype("float16")}
+    text = f"""g (float16[5,3] x, float16[3,4] w, float16[4] c) => (float16[5,4] out)
+    {{ out = Gemm <alpha = {alpha:f}, beta = {beta:f}> (x, w, c) }}"""
+    text = text.replace("0.000000,", f"{alpha:.9f},").replace("= 0.000000>", f"= {beta:.9f}>")
+    model, remarks = rewritten(text, constants, feeds, RaiseLinear(), rtol=2e-2, atol=1e-2)
+    assert applied(remarks, "gemm") == fires
+    assert fires or "float16" in missed(remarks)[0].lower()

@@ -367,3 +367,16 @@ def test_bfloat16_weights_are_cast_once():
     merged = model.graph[0].inputs[1].const_value
     assert merged.dtype == ir.DataType.BFLOAT16
     np.testing.assert_array_equal(merged.numpy(), (w + a @ b).astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize(("height", "merges"), [("2", False), ("3", True), ("H", False)])
+def test_a_pool_whose_window_may_be_larger_than_what_it_reads_stays(height: str, merges: bool) -> None:
+    """A pool gives nothing where no window fits; a convolution of the same window fails."""
+    rng = np.random.default_rng(11)
+    constants = {"w": rng.standard_normal((2, 6, 1, 1)).astype("float32")}
+    text = f"""g (float[1,6,{height},5] x, float[2,6,1,1] w) => (float[1,2,A,B] y)
+               {{ a = Conv <strides=[2,2]> (x, w)  b = AveragePool <kernel_shape=[2,1]> (a)  y = Relu (b) }}"""
+    size = 2 if height == "H" else int(height)
+    feeds = {"x": rng.standard_normal((1, 6, size, 5)).astype("float32")}
+    model, _ = rewritten(text, constants, feeds, PASS)
+    assert ("AveragePool" not in ops(model)) == merges
