@@ -178,9 +178,7 @@ def check_precision(name: str, known: Sequence[str], asked: str | None, elsewher
 def check_compile(name: str, options: LowerOptions) -> None:
     """Refuse torch.compile, of a backend that is not torch."""
     if options.compile != "off":
-        raise UsageError(
-            f"backend {name!r} takes no `compile`", hint="leave it out, or choose backend='torch_triton'"
-        )
+        raise UsageError(f"backend {name!r} takes no `compile`", hint="leave it out, or choose backend='torch_triton'")
 
 
 def check_names(feeds: Mapping[str, Any], inputs: Sequence[str], required: Sequence[str]) -> None:
