@@ -56,7 +56,13 @@ class Difference:
 
 
 def differences(
-    want: Outputs, got: Outputs, spread: Sequence[Any] | None = None, keep: Any = None, *, lenient: bool = False
+    want: Outputs,
+    got: Outputs,
+    spread: Sequence[Any] | None = None,
+    keep: Any = None,
+    *,
+    lenient: bool = False,
+    loose: bool = False,
 ) -> list[Difference]:
     """Outputs that differ by more than rounding.
 
@@ -64,6 +70,7 @@ def differences(
         spread: Per output, how far nudging moves each number of the reference.
         keep: A mask over the leading axes of what is compared; None for all.
         lenient: Whether a NaN of the reference may be anything in the result (documented for masked attention).
+        loose: Whether an infinity and a NaN are the same (for infinite inputs: sums of products in another order).
     """
     found = []
     for i, (x, y) in enumerate(zip(want, got, strict=True)):
@@ -75,13 +82,13 @@ def differences(
         if keep is not None and x.shape[: keep.ndim] == keep.shape:
             x, y = x[keep], y[keep]
             moved = None if moved is None else moved[keep]
-        wrong = _numbers(x, y, moved, lenient)
+        wrong = _numbers(x, y, moved, lenient, loose)
         if wrong is not None:
             found.append(Difference(i, *wrong))
     return found
 
 
-def _numbers(x: Any, y: Any, spread: Any, lenient: bool) -> tuple[str, float] | None:
+def _numbers(x: Any, y: Any, spread: Any, lenient: bool, loose: bool) -> tuple[str, float] | None:
     if not x.size:
         return None
     if x.dtype.kind in "biuSUO":
@@ -97,7 +104,9 @@ def _numbers(x: Any, y: Any, spread: Any, lenient: bool) -> tuple[str, float] | 
     if lenient:
         live &= ~np.isnan(a)
     finite = np.isfinite(a)
-    odd = live & ((finite != np.isfinite(b)) | (np.isnan(a) != np.isnan(b)) | (~finite & ~np.isnan(a) & (a != b)))
+    odd = live & (finite != np.isfinite(b))
+    if not loose:
+        odd |= live & ~finite & (np.isnan(a) != np.isnan(b)) | live & np.isinf(a) & (a != b)
     if odd.any():
         return f"{int(odd.sum())} of {x.size} are finite on one side only", np.inf
     live &= finite

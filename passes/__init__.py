@@ -22,6 +22,7 @@ from xform.passes.cleanup import (
     InferShapes,
     PropagateConstants,
     RemoveDeadCode,
+    Settle,
     SimplifyLayout,
 )
 from xform.passes.fuse import (
@@ -95,5 +96,6 @@ PASSES: dict[str, type[Pass]] = {
         DeduplicateInitializers,
         RemoveDeadCode,
         InferShapes,
+        Settle,
     )
 }

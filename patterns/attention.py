@@ -75,9 +75,9 @@ def recognize(node: ir.Node) -> Core | Failure | None:
 
 def _mixed_heads(node: ir.Node) -> Failure | None:
     """A near miss: constant linear operators between the softmax and the product (talking heads)."""
-    value, other = node.inputs[:2]
-    if is_constant(other):
+    if len(node.inputs) != 2 or is_constant(node.inputs[1]):
         return None
+    value = node.inputs[0]
     mixer: ir.Node | None = None
     for _ in range(LONGEST_MIX):
         below = value.producer() if value is not None else None
@@ -137,7 +137,11 @@ def _core(node: ir.Node, chain: list[ir.Node], values: Operand, out_perm: tuple[
     logits = walk_logits(source)
     if isinstance(logits, Failure):
         return logits
-    if is_constant(logits.product.inputs[1]) and rank_of(logits.product.inputs[1]) == 2:
+    if (
+        len(logits.product.inputs) > 1
+        and is_constant(logits.product.inputs[1])
+        and rank_of(logits.product.inputs[1]) == 2
+    ):
         return None  # a linear layer and a softmax: a gate or a classifier
     pair = product_operands(logits.product, logits.swapped)
     if isinstance(pair, Failure):

@@ -196,7 +196,8 @@ def compile_graph(
         verification = judge_artifact(compiled.runner, compiled.graph, result.verifier, request)
         seconds["verify"] = seconds.get("verify", 0.0) + time.perf_counter() - start
         refuse_failed(verification, f"what backend {report.backend!r} runs differs from the original")
-        verification = replace(verification, coverage=result.verification.coverage, notes=result.verification.notes)
+        notes = tuple(dict.fromkeys((*result.verification.notes, *verification.notes)))
+        verification = replace(verification, coverage=result.verification.coverage, notes=notes)
     _fill(report, plan.captured, compiled, result, verification, request)
     report.warnings.extend(filter(None, [plan.warning]))
     report.seconds = seconds
@@ -247,8 +248,8 @@ def _fill(
     compiled.note_choices()
     report.concepts = count_concepts(compiled.graph)
     report.verification = _verification_report(verification, request)
-    report.warnings.extend(f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back)
-    report.warnings.extend([*verification.notes, *captured.meta.get("xform.notes", ())])
+    rolled_back = [f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back]
+    report.warnings.extend(dict.fromkeys([*rolled_back, *verification.notes, *captured.meta.get("xform.notes", ())]))
     if report.artifact.get("tuning", {}).get("chosen") == INPUT:
         report.warnings.append(
             "nothing ran faster here than the model as it came, so the result is the model as it came"

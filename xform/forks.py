@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -12,9 +13,23 @@ T = TypeVar("T")
 _generation = 0  # forks between the first process and this one
 
 
+_settled = 0  # the generation that `settle` was called in
+
+
 def _forked() -> None:
     global _generation
     _generation += 1
+
+
+def settle() -> None:
+    """In a forked child, before torch computes anything: torch's threads are gone too, so it runs on one from now on,
+    as in the workers of its DataLoader. With more, it would wait for them for ever.
+    """
+    global _settled
+    if _settled != _generation:
+        _settled = _generation
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -34,6 +49,7 @@ class PerProcess(Generic[T]):
         if value is not None and self._made_in == _generation:
             return value
         if self._made_in != _generation:
+            settle()
             self._abandon()
         with self._lock:
             if self._value is None:

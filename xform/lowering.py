@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from xform.backends import Artifact, Backend, LoadOptions, Runner
 from xform.errors import TargetError, XformError
 from xform.pipeline.manager import run_pipeline
+from xform.pipeline.oracle import Outputs
 from xform.pipeline.quantization import told
 from xform.pipeline.random_inputs import random_inputs
 from xform.pipeline.result import PipelineResult
@@ -107,8 +108,18 @@ def judge_artifact(runner: Runner, graph: ir.Model, verifier: Verifier, request:
     precision = None if request.lowering.precision is None else _PRECISIONS[request.lowering.precision]
     narrower = precision not in (None, ir.DataType.FLOAT)
     fidelity: Fidelity = "approximate" if narrower and request.fidelity == "exact" else request.fidelity
-    results = run_cases(runner, graph, [case.arrays for case in verifier.cases_for(fidelity)])
-    return verifier.judge(results, fidelity, precision)
+    results: list[Outputs | None] = []
+    refused = ""
+    for case in verifier.cases_for(fidelity):
+        try:
+            results += run_cases(runner, graph, [case.arrays])
+        except Exception as error:
+            if not case.is_empty:
+                raise
+            refused = f"the result does not take {case}, which the model as it came does: {error}"
+            results.append(None)
+    verdict = verifier.judge(results, fidelity, precision)
+    return replace(verdict, notes=(*verdict.notes, refused)) if refused else verdict
 
 
 def without_what_does_not_load(plan: Plan, error: TargetError) -> Lowered:
@@ -123,7 +134,7 @@ def without_what_does_not_load(plan: Plan, error: TargetError) -> Lowered:
     while not plan.request.strict:
         culprit = _first_that_does_not_load(plan, kept)
         if culprit is None:
-            break
+            raise _explained(error, plan)
         undone.append((kept.pop(culprit), f"what it makes does not load: {last.what}"))
         found = plan.run(kept)
         refuse_failed(found.verification, "the optimized graph differs from the original")
@@ -139,6 +150,14 @@ def without_what_does_not_load(plan: Plan, error: TargetError) -> Lowered:
             found.passes.append(PassReport(one.name, one.fidelity, "rolled_back", reason=reason))
         return Lowered(found.model, plan.request.backend, artifact, found)
     raise error
+
+
+def _explained(error: TargetError, plan: Plan) -> TargetError:
+    """The runtime's refusal of the model as it came, with what to do about it."""
+    if "NOT_IMPLEMENTED" not in error.what or plan.request.backend.name != "onnxruntime":
+        return error
+    hint = "ONNX Runtime has no kernel for this operator in this dtype: use backend='torch_triton', or float32"
+    return TargetError(error.what, where=error.where, hint=hint)
 
 
 def _first_that_does_not_load(plan: Plan, passes: Sequence[Pass]) -> int | None:

@@ -119,6 +119,7 @@ def _verifier(captured: ir.Model, request: Request, inputs: UserInputs | None, o
 
 
 def run_cases(runner: Runner, graph: ir.Model, cases: Sequence[Inputs]) -> list[Outputs]:
+    """Outputs of a loaded artifact of `graph`, as the verifier compares them."""
     dtypes = {value.name: value.dtype for value in graph.graph.inputs}
     results = []
     for case in cases:

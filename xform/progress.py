@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from xform.text import shown
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -21,11 +23,15 @@ class Bar:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), transient=True
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                transient=True,
             )
-            self._task = self._bar.add_task(step, total=total)
+            self._task = self._bar.add_task(shown(step), total=total)
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=total, description=step)
+        self._bar.update(self._task, completed=done, total=total, description=shown(step))
 
     def close(self) -> None:
         """Take the bar away; the next step shows a new one."""

@@ -167,12 +167,12 @@ def _read(site: Site) -> Operands | None:
 
 def _split_heads(site: Site, value: ir.Value, heads: int) -> ir.Value:
     """[B, S, H*D] to [B, H, S, D]."""
-    split = site.typed(site.op("Reshape", value, site.emitter.ints(0, 0, heads, -1)), value)
     shape = shape_of(value)
+    size = shape[2] // heads if shape is not None and isinstance(shape[2], int) else -1
+    split = site.typed(site.op("Reshape", value, site.emitter.ints(0, 0, heads, size)), value)
     result: ir.Value = site.typed(site.op("Transpose", split, perm=SWAP_HEADS), value)
     if shape is not None:
-        width = shape[2] // heads if isinstance(shape[2], int) else None
-        result.shape = ir.Shape((shape[0], heads, shape[1], width))
+        result.shape = ir.Shape((shape[0], heads, shape[1], None if size == -1 else size))
     return result
 
 
@@ -185,12 +185,11 @@ def _write_out(site: Site, a: Operands) -> None:
     if a.past_key is not None and a.past_value is not None:
         key, value = _append(site, a.past_key, a.key), _append(site, a.past_value, a.value)
     grouped = a.query_heads != a.kv_heads
-    query = site.op("Reshape", a.query, emitter.ints(0, a.kv_heads, -1, 0)) if grouped else a.query
+    query = _regrouped(site, a, a.query) if grouped else a.query
     logits = site.op("MatMul", query, site.op("Transpose", key, perm=[0, 1, 3, 2]))
     if a.scale != 1.0:
         logits = site.op("Mul", logits, emitter.constant(a.scale, dtype, "scale"))
-    ungroup = emitter.ints(0, a.query_heads, -1, 0) if grouped else None
-    logits = site.op("Reshape", logits, ungroup) if grouped else logits
+    logits = _ungrouped(site, a, logits) if grouped else logits
     stages = [logits]
     if a.softcap:
         cap = emitter.constant(a.softcap, dtype, "softcap")
@@ -206,13 +205,13 @@ def _write_out(site: Site, a: Operands) -> None:
     if exposed:
         probabilities = _zero_empty_rows(site, probabilities, bias, dtype)
     stages.append(probabilities)
-    weights = site.op("Reshape", probabilities, emitter.ints(0, a.kv_heads, -1, 0)) if grouped else probabilities
+    weights = _regrouped(site, a, probabilities) if grouped else probabilities
     result = site.op("MatMul", weights, value)
-    result = site.op("Reshape", result, ungroup) if grouped else result
+    result = _ungrouped(site, a, result) if grouped else result
     if not exposed:
         result = _zero_empty_rows(site, result, bias, dtype)
     if rank_of(node.outputs[0]) == 3 or rank_of(node.inputs[0]) == 3:
-        result = _merge_heads(site, result)
+        result = _merge_heads(site, result, _last(a.value) * a.query_heads)
     outputs = [result, key, value, stages[a.logits_mode]]
     if len(node.outputs) > 3:
         logits_shape = shape_of(a.query) or (None, a.query_heads, None)
@@ -245,10 +244,51 @@ def _zero_empty_rows(site: Site, value: ir.Value, bias: Bias | None, dtype: ir.D
     return result
 
 
-def _merge_heads(site: Site, value: ir.Value) -> ir.Value:
-    """[B, H, S, D] to [B, S, H*D]."""
+def _merge_heads(site: Site, value: ir.Value, width: int) -> ir.Value:
+    """[B, H, S, D] to [B, S, H*D]; `width` is H*D, negative where it is not known.
+
+    ONNX Runtime refuses a view with an inferred dim beside one of size 0, so dims that are known are written down.
+    """
     swapped = site.op("Transpose", value, perm=SWAP_HEADS)
-    result: ir.Value = site.op("Reshape", swapped, site.emitter.ints(0, 0, -1))
+    result: ir.Value = site.op("Reshape", swapped, site.emitter.ints(0, 0, max(width, -1)))
+    return result
+
+
+def _last(value: ir.Value) -> int:
+    """The last dim of a value, -1 where it is not known."""
+    size = (shape_of(value) or (None,))[-1]
+    return size if isinstance(size, int) else -1
+
+
+def _regrouped(site: Site, a: Operands, value: ir.Value) -> ir.Value:
+    """[B, Hq, S, X] as [B, Hkv, (Hq/Hkv) S, X]."""
+    return _viewed(site, a, value, a.kv_heads, a.query_heads // a.kv_heads)
+
+
+def _ungrouped(site: Site, a: Operands, value: ir.Value) -> ir.Value:
+    """[B, Hkv, (Hq/Hkv) S, X] as [B, Hq, S, X]."""
+    return _viewed(site, a, value, a.query_heads, 1)
+
+
+def _viewed(site: Site, a: Operands, value: ir.Value, heads: int, times: int) -> ir.Value:
+    """`value` as [B, heads, times * S, X], for empty batches and sequences too."""
+    shape, ints = shape_of(a.query) or (None,) * 4, site.emitter.ints
+    batch, length = shape[0], shape[2]
+    target: ir.Value
+    if isinstance(length, int):
+        target = ints(0, heads, times * length, 0)
+    elif isinstance(batch, int) and batch:
+        target = ints(batch, heads, -1, 0)  # no dim can be 0 but the inferred one and the last
+    else:
+
+        def make() -> ir.Value:
+            sizes = site.op("Mul", site.op("Shape", a.query), ints(1, heads, times, 0))
+            made: ir.Value = site.op("Div", sizes, ints(1, a.query_heads, 1, 1))
+            return made
+
+        key = ("grouped", length if length is not None else a.query, heads, times)
+        target = site.emitter.shared(site.graph, key, make)
+    result: ir.Value = site.op("Reshape", value, target)
     return result
 
 
@@ -281,14 +321,18 @@ def _tokens(site: Site, value: ir.Value) -> ir.Value:
     """[B, H, S, D] as [B, S, H*D]: what its head split came from, or a transpose of it."""
     producer = value.producer()
     if producer is None or not _is_head_split(value):
-        return _merge_heads(site, value)
+        shape = shape_of(value)
+        width = shape[1] * shape[3] if shape and isinstance(shape[1], int) and isinstance(shape[3], int) else -1
+        return _merge_heads(site, value, width)
     split = producer.inputs[0]
     assert split is not None
     before = split.producer()
     flat = before.inputs[0] if before is not None and is_op(before, "Reshape") else None
     if flat is not None and _is_flat_form(flat, split):
         return flat
-    result: ir.Value = site.op("Reshape", split, site.emitter.ints(0, 0, -1))
+    shape = shape_of(split) or (None,) * 4
+    width = shape[2] * shape[3] if isinstance(shape[2], int) and isinstance(shape[3], int) else -1
+    result: ir.Value = site.op("Reshape", split, site.emitter.ints(0, 0, width))
     return result
 
 

@@ -230,7 +230,10 @@ def _attend(site: Site, a: Operands, parts: list[_Tokens], sequences: _Sequences
         merged = body.op("Transpose", result, perm=[1, 0, 2])
         return body.op("SequenceInsert", results, body.op("Reshape", merged, site.emitter.ints(-1, parts[2].width)))
 
-    results = site.loop(sequences.count, _no_tensors(site, ir.DataType.FLOAT), step)
+    nothing = site.emitter.constant(np.zeros((0, parts[2].width)), ir.DataType.FLOAT, "no_rows")
+    start: ir.Value = site.op("SequenceConstruct", nothing)  # an empty batch has no sequences, and rows all the same
+    start.type = ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+    results = site.loop(sequences.count, start, step)
     joined: ir.Value = site.op("ConcatFromSequence", results, axis=0)
     joined.type = ir.TensorType(ir.DataType.FLOAT)
     return joined

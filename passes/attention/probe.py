@@ -7,6 +7,7 @@ operators between the padding mask and a value run on full, left- and right-padd
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx

@@ -176,11 +176,17 @@ class ThreeAxes(_OnAttention):
         heads = (attribute(node, "q_num_heads"), *[attribute(node, "kv_num_heads")] * 2)
         inputs = _inputs(node)
         for index, count in enumerate(heads):
-            split = build.op("Reshape", inputs[index], [0, 0, count, -1])
+            split = build.op("Reshape", inputs[index], [0, 0, count, _size(inputs[index], count)])
             inputs[index] = build.op("Transpose", split, perm=[0, 2, 1, 3])
         out, *others = _again(build, node, inputs, q_num_heads=None, kv_num_heads=None)
         merged = build.op("Transpose", out, perm=[0, 2, 1, 3])
-        return build.op("Reshape", merged, [0, 0, -1]), *others
+        return build.op("Reshape", merged, [0, 0, _size(node.outputs[0])]), *others
+
+
+def _size(value: ir.Value | None, heads: int = 1) -> int:
+    """The last dim by head, -1 where it is not known; a dim that is written down does for empty batches too."""
+    last = (shape_of(value) or (None,))[-1]
+    return last // heads if isinstance(last, int) else -1
 
 
 class ExplicitScale(_OnAttention):

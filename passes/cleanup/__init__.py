@@ -12,6 +12,7 @@ from xform.passes.cleanup.fold_shape_arithmetic import FoldShapeArithmetic
 from xform.passes.cleanup.infer_shapes import InferShapes
 from xform.passes.cleanup.propagate_constants import PropagateConstants
 from xform.passes.cleanup.remove_dead_code import RemoveDeadCode
+from xform.passes.cleanup.settle import Settle
 from xform.passes.cleanup.simplify_layout import SimplifyLayout
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "InferShapes",
     "PropagateConstants",
     "RemoveDeadCode",
+    "Settle",
     "SimplifyLayout",
 ]

@@ -181,10 +181,10 @@ class TestLimits:
 class TestInputShapes:
     def test_numbers_and_names(self) -> None:
         assert parse_input_shapes(["x:1,3,224,224", "a:b:batch, 8"]) == {"x": (1, 3, 224, 224), "a:b": ("batch", 8)}
-        assert parse_input_shapes(["scalar:"]) == {"scalar": ()}
+        assert parse_input_shapes(["scalar:", "y:-1,4"]) == {"scalar": (), "y": (-1, 4)}
         assert parse_input_shapes(None) is None
 
-    @pytest.mark.parametrize("text", ["x", ":1,2", "x:1,,2", "x:-1", "x:1.5", "x:1x2"])
+    @pytest.mark.parametrize("text", ["x", ":1,2", "x:1,,2", "x:-2", "x:1.5", "x:1x2"])
     def test_bad_ones_end_with_2(self, xform: CLI, mlp: Path, text: str) -> None:
         run = xform("optimize", mlp, "--input-shape", text)
         assert run.code == 2 and "x:1,3,224,224" in run.err

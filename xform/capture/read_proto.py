@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -39,12 +40,16 @@ def parse_file(path: Path) -> onnx.ModelProto:
     if path.is_dir():
         raise _folder_error(path)
     try:
-        size = path.stat().st_size
-        if size > PROTOBUF_LIMIT:
-            with path.open("rb") as file:
-                what = identify(file.read(4096)) or (f"{size} bytes; one protobuf holds at most 2 GB", _EXTERNAL_HINT)
-            raise ModelError(f"cannot read the model: the file is {what[0]}", where=where, hint=what[1])
-        data = path.read_bytes()
+        # What is opened is what is looked at; a pipe would be waited for, and a device never ends.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelError("the model path is a pipe or a device, not a file", where=where, hint=_COPY_HINT)
+            if status.st_size > PROTOBUF_LIMIT:
+                size = f"{status.st_size} bytes; one protobuf holds at most 2 GB"
+                what = identify(file.read(4096)) or (size, _EXTERNAL_HINT)
+                raise ModelError(f"cannot read the model: the file is {what[0]}", where=where, hint=what[1])
+            data = file.read(PROTOBUF_LIMIT)
     except FileNotFoundError as error:
         raise ModelError("there is no such model file", where=where, hint="check the path") from error
     except OSError as error:
@@ -85,6 +90,7 @@ def parse_bytes(data: bytes, *, where: str = "bytes") -> onnx.ModelProto:
     return proto
 
 
+_COPY_HINT = "write the model to a file first, and give that"
 _EXTERNAL_HINT = "save the weights as external data: onnx.save(model, path, save_as_external_data=True)"
 
 

@@ -184,7 +184,7 @@ def _number(text: str, what: str) -> float:
 
 
 def parse_input_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int | str, ...]] | None:
-    """`["x:1,3,224,224", "ids:batch,128"]` to {"x": (1, 3, 224, 224), "ids": ("batch", 128)}; nothing to None.
+    """`["x:1,3,224,224", "ids:batch,-1"]` to {"x": (1, 3, 224, 224), "ids": ("batch", -1)}; nothing to None.
 
     Raises:
         UsageError: Not of this form, or an input given twice.
@@ -193,14 +193,14 @@ def parse_input_shapes(texts: Sequence[str] | None) -> dict[str, tuple[int | str
     for text in texts or ():
         name, given, dims = text.strip().rpartition(":")  # the last one: a name may hold colons
         parts = [part.strip() for part in dims.split(",")] if dims.strip() else []
-        if not given or not name or not all(re.fullmatch(r"\d+|[A-Za-z_]\w*", part) for part in parts):
+        if not given or not name or not all(re.fullmatch(r"-1|\d{1,18}|[A-Za-z_]\w*", part) for part in parts):
             raise UsageError(
                 f"--input-shape {shown(text)!r} is not a shape",
                 hint="write NAME:DIM,DIM,..., such as x:1,3,224,224 or x:batch,3,224,224",
             )
         if name in shapes:
             raise UsageError(f"--input-shape gives input {shown(name)!r} twice")
-        shapes[name] = tuple(int(part) if part.isdigit() else part for part in parts)
+        shapes[name] = tuple(part if part[0].isalpha() or part[0] == "_" else int(part) for part in parts)
     return shapes or None
 
 

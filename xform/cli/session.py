@@ -22,6 +22,8 @@ from xform.cli.spelling import in_cli_spelling
 from xform.errors import XformError, XformWarning
 from xform.text import escaped, paragraph
 
+_TOLD = 500  # characters that tell one warning from another
+
 
 class Session:
     """One invocation of the command line.
@@ -92,8 +94,9 @@ class Session:
     def warn(self, message: str) -> None:
         """Print a warning on stderr, each text once."""
         text = in_cli_spelling(message)
-        if text not in self._warned:
-            self._warned.add(text)
+        begin = escaped(text[:_TOLD])  # a long one is shortened in a report and whole in another place
+        if begin not in self._warned:
+            self._warned.add(begin)
             self._print_error(f"warning: {text}", style="yellow", soft_wrap=True)
 
     def fail(self, error: XformError) -> int:

@@ -73,7 +73,7 @@ def infer_node(node: ir.Node, opset: int) -> None:
 
 
 def _infer_cache(node: ir.Node, data: ShapeData) -> None:
-    """present_key and present_value [B, H, past + S, D] of an Attention over four axes; ONNX's inference omits them."""
+    """present_key and present_value [B, H, past + S, D] of an Attention, which ONNX's inference omits."""
     for new, past, value in zip(node.inputs[1:3], (*node.inputs, *[None] * 6)[4:6], node.outputs[1:3], strict=False):
         before, found = data.dims(past), data.dims(new)
         if (

@@ -22,6 +22,7 @@ from xform.capture.torch_calling import Signature
 from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.compilation import Compiled, Request
 from xform.errors import UsageError, VerificationError
+from xform.forks import settle
 from xform.limits import limited
 from xform.optimized.base import Optimized
 from xform.optimized.calls import call_arguments, module_oracle, verification_inputs
@@ -144,6 +145,7 @@ class OptimizedModule(Optimized):
 
     def _program(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         """The compiled graph that covers this call; several threads that ask for one get it captured once."""
+        settle()
         with self._lock:
             stale = self._drop_stale()
             refusals = []

@@ -24,6 +24,7 @@ from xform.graph import dims
 from xform.graph.values import display_name, shape_of
 
 ARENA_BYTES = int(limits.Limits().memory) + (64 << 20)
+FED_BYTES = 16 << 20  # of the inputs of one run, that count as brought
 _ARENA_FULL = "is smaller than requested bytes"  # how the arena says so
 _POLL_S = 0.02
 _STATUS = Path("/proc/self/statm")
@@ -69,7 +70,7 @@ def run_bounded(session: Any, feeds: Mapping[str, Any], brought: int, in_arena: 
     Raises:
         LimitError: `seconds` or `memory`.
     """
-    brought += sum(value.nbytes for value in feeds.values() if isinstance(value, np.ndarray))
+    brought += fed_bytes(feeds)
     options = ort.RunOptions()
     if not in_arena:
         return _watched(session, feeds, options, brought, watch_memory=True)
@@ -81,6 +82,11 @@ def run_bounded(session: Any, feeds: Mapping[str, Any], brought: int, in_arena: 
             if _ARENA_FULL in str(error):
                 raise limits.exceeded("memory", "a run of the model needs more memory", brought=brought) from error
             raise
+
+
+def fed_bytes(feeds: Mapping[str, Any]) -> int:
+    """What inputs count for: their bytes, up to a limit, because a model declares how large its random inputs are."""
+    return min(sum(value.nbytes for value in feeds.values() if isinstance(value, np.ndarray)), FED_BYTES)
 
 
 def _watched(session: Any, feeds: Mapping[str, Any], options: Any, brought: int, *, watch_memory: bool) -> list[Any]:

@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.clone import clone
-from xform.graph.values import constant, scalar
+from xform.graph.values import constant, display_name, scalar
 from xform.pipeline.random_inputs import InputCase
 
-Branch = tuple[str, bool]  # name of an If node, and the value of its condition
+Branch = tuple[str, bool]  # name of the first output of an If, as nodes may lack one, and the value of its condition
 
 _SHIFTS = (100.0, -100.0, 1e4, -1e4)
 _FACTORS = (-1.0, 10.0, 1000.0, 1e-3, 0.0)
@@ -26,17 +26,22 @@ _COMPARISONS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 
 
 def branches(model: ir.Model) -> list[Branch]:
-    """Both branches of every If whose condition is no constant; of Ifs that share a name, none can be told apart."""
+    """Both branches of every If whose condition is no constant; Ifs whose outputs share a name cannot be told apart."""
     found: dict[str, int] = {}
     for node in model.graph.all_nodes():
         if node.op_type == "If" and node.domain == "" and constant(node.inputs[0]) is None:
-            found[node.name or ""] = found.get(node.name or "", 0) + 1
+            found[_key(node)] = found.get(_key(node), 0) + 1
     return [(name, side) for name, times in found.items() if name and times == 1 for side in (True, False)]
 
 
-def in_words(branch: Branch) -> str:
+def _key(node: ir.Node) -> str:
+    return node.outputs[0].name or ""
+
+
+def in_words(model: ir.Model, branch: Branch) -> str:
     """`the then-branch of 'node'`."""
-    return f"the {'then' if branch[1] else 'else'}-branch of {branch[0]!r}"
+    node = next(node for node in model.graph.all_nodes() if _key(node) == branch[0])
+    return f"the {'then' if branch[1] else 'else'}-branch of {display_name(node)!r}"
 
 
 class Watch:
@@ -75,10 +80,9 @@ def _expose(graph: ir.Graph) -> list[tuple[str, ir.Value]]:
         if node.domain:
             continue
         if node.op_type == "If":
-            if node.name and constant(node.inputs[0]) is None:
-                condition = node.inputs[0]
-                assert condition is not None
-                found.append((node.name, _coded(graph, node, condition)))
+            condition = node.inputs[0]
+            if _key(node) and condition is not None and constant(condition) is None:
+                found.append((_key(node), _coded(graph, node, condition)))
             found += _of_branches(graph, node)
         elif node.op_type == "Loop":
             found += _of_body(graph, node)
@@ -114,7 +118,7 @@ def _of_body(graph: ir.Graph, node: ir.Node) -> list[tuple[str, ir.Value]]:
 
 def _coded(graph: ir.Graph, before: ir.Node, condition: ir.Value) -> ir.Value:
     """1 + condition as int64 [1]."""
-    stem = f"xform_watched_{before.name}"
+    stem = f"xform_watched_{_key(before)}"
     number = _emit(graph, before, "Cast", [condition], {"to": int(ir.DataType.INT64)}, f"{stem}_int", ahead=True)
     one = _emit(graph, before, "Constant", [], {"value": ir.tensor(np.ones(1, np.int64))}, f"{stem}_1", ahead=True)
     total = _emit(graph, before, "Add", [number, one], {}, f"{stem}_sum", ahead=True)
@@ -158,9 +162,9 @@ def _add_output(node: ir.Node, name: str) -> ir.Value:
 
 
 def forced(model: ir.Model, branch: Branch) -> ir.Model | None:
-    """A copy whose If of this name always takes this side; None where there is no such If, or several."""
+    """A copy whose If of this output always takes this side; None where there is no such If, or several."""
     copy = clone(model)
-    places = [n for n in copy.graph.all_nodes() if n.op_type == "If" and n.domain == "" and n.name == branch[0]]
+    places = [n for n in copy.graph.all_nodes() if n.op_type == "If" and n.domain == "" and _key(n) == branch[0]]
     if len(places) != 1:
         return None
     node = places[0]

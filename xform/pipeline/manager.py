@@ -274,7 +274,8 @@ class _Run:
     def _accept(self, result: PipelineResult, outcome: _Outcome) -> None:
         result.passes.append(outcome.report)
         # what a pass nearly matched in an earlier run, it has met again, or something else has taken its place
-        told = [r for r in result.remarks if (r.pass_name, r.verdict) != (outcome.report.name, "missed")]
+        again = {outcome.report.name, *(remark.pass_name for remark in outcome.remarks)}  # some passes run others
+        told = [r for r in result.remarks if r.verdict != "missed" or r.pass_name not in again]
         result.remarks.remarks[:] = [*told, *outcome.remarks]
         result.statistics = self.statistics
 

@@ -14,7 +14,7 @@ from xform.graph.values import Array
 
 Scope = Literal["output", "slice", "neighbourhood"]
 
-_REACH = 2  # values on either side; more would let one part of a concatenation excuse the other
+_REACH = 4  # values on either side; more would let one part of a concatenation excuse the other
 _OUTLIER = 1000.0  # times the median: what lies above is a fill (-3.4e38), not a scale
 
 
@@ -40,9 +40,9 @@ def scales(magnitude: Array, scope: Scope) -> Array:
 def largest_nearby(magnitude: Array) -> Array:
     """For every value the largest among it and its neighbours: along the last axis, or across, whichever is smaller.
 
-    Neighbours are two values on either side. Across means along the other axes, flattened; that is left out where there
-    are fewer than five slices. Two directions, because parts of different scale are concatenated or interleaved along
-    either.
+    Neighbours are four values on either side. Across means along the other axes, flattened; that is left out where
+    there are fewer than nine slices. Two directions, because parts of different scale are concatenated or interleaved
+    along either.
     """
     if magnitude.size == 0 or magnitude.ndim == 0:
         return magnitude

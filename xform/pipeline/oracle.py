@@ -22,7 +22,7 @@ from xform.errors import LimitError, ModelError, VerificationError
 from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
 from xform.graph.downgrade_attention import written_out
-from xform.pipeline.bounded_run import check_sizes, run_bounded, share_arena
+from xform.pipeline.bounded_run import check_sizes, fed_bytes, run_bounded, share_arena
 from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
@@ -122,7 +122,7 @@ class Session:
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
         arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-        brought = self._brought + sum(array.nbytes for array in arrays.values())
+        brought = self._brought + fed_bytes(arrays)
         if self._model is not None:
             check_sizes(self._model, {name: array.shape for name, array in arrays.items()}, brought)
         try:

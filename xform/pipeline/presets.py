@@ -46,6 +46,7 @@ EXACT: tuple[str, ...] = (
     "eliminate_common_subexpressions",
     "remove_dead_code",
     "infer_shapes",
+    "settle",  # all of them again, until nothing changes
 )
 
 INT8: tuple[str, ...] = (

@@ -26,7 +26,7 @@ _STYLES: tuple[Style, ...] = ("binary", "unit", "zeros", "ones")  # for models t
 _STYLED_SIZES = 2
 _UNKNOWN_INDEX_BOUND = 16
 _UNKNOWN_RANKS = (2, 4, 3, 1, 0)
-MAX_ELEMENTS = 1 << 28  # drawn for one set of inputs; beyond that sizes are a mistake, or nothing for this machine
+MAX_ELEMENTS = 1 << 25  # drawn for one set of inputs; beyond that sizes are a mistake, or nothing for this machine
 VERY_NEGATIVE = -10000.0  # finite in float16, and e^-10000 is 0 in every dtype
 
 
@@ -50,6 +50,11 @@ class InputCase:
     masks: tuple[str, ...] = ()
     values: str = ""
     extreme: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether some dynamic dim is 0."""
+        return 0 in self.sizes.values()
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name.lstrip('?')}={size}" for name, size in self.sizes.items())

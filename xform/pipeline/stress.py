@@ -23,7 +23,8 @@ from xform.pipeline.sizes import InputDims, Meaning, Sizes, evaluate, input_dims
 
 _LARGE = {2: 8.0, 4: 100.0, 8: 100.0}  # by bytes of the float: squares of it must not overflow
 _TINY = {2: 1e-2, 4: 1e-4, 8: 1e-4}
-_ROW_STYLES = ("large", "zero", "negative", "typical")
+_ROW_STYLES = ("large", "zero", "negative", "halves", "typical")
+_MIXED = "large, zero, negative and half-integer rows"
 _SHARE_AT_LIMITS = 0.3  # of the values that are put where the graph compares
 _MAX_STATIC_RUNS = len(STYLES)
 
@@ -132,7 +133,7 @@ class Stress:
                 free = free or changed
         words = []
         if free:
-            words.append(f"{plan.all_values} values" if plan.all_values else "large, zero and negative rows")
+            words.append(f"{plan.all_values} values" if plan.all_values else _MIXED)
         if plan.batch == 0:
             words.append("an empty batch")
         styles = _used(plan.masks, sizes[self._batch[0]] if self._batch else self._rows()) if self.has_masks else ()
@@ -200,11 +201,11 @@ class Stress:
         if plan.all_values:
             return (array * (_TINY[size] if tiny else 0.0)).astype(array.dtype), True
         factor = np.ones(_styled_axis(array.shape))
+        factors = {"large": _LARGE[size], "zero": 0.0, "negative": -1.0, "halves": 2.0}
         for row in range(factor.size):
-            style = _ROW_STYLES[row % len(_ROW_STYLES)]
-            factor.reshape(-1)[row] = {"large": _LARGE[size], "zero": 0.0, "negative": -1.0}.get(style, 1.0)
-        negative = np.broadcast_to(factor < 0, array.shape)
-        found = np.where(negative, -np.abs(array), array * np.abs(factor))
+            factor.reshape(-1)[row] = factors.get(_ROW_STYLES[row % len(_ROW_STYLES)], 1.0)
+        found = np.where(factor < 0, -np.abs(array), array * np.abs(factor))
+        found = np.where(factor == 2.0, np.round(found) / 2, found)  # ties of rounding and of comparisons
         if role.kind == "positive":
             found = np.abs(found) + 1e-6
         return _with_limits(rng, found.astype(array.dtype), limits), True

@@ -2,7 +2,7 @@
 
 Error measure. For a reference output `b` and a candidate output `a`, with a scale `s_i` for every element:
 
-- What `s_i` is depends on who is judged (`scope_of`). Exact rewrites: the largest magnitude within two values of `b_i`
+- What `s_i` is depends on who is judged (`scope_of`). Exact rewrites: the largest magnitude within four values of `b_i`
   (`xform.pipeline.neighbourhood`). Approximate ones, and exact ones under a tolerance of the user: the largest of the
   slice along the last axis. Approximate ones under a tolerance of the user (int8): the scale of the whole output.
 - Absolute error: `e_i = |a_i - b_i|`. Relative error: `e_i / (max(s_i, |b_i|) + atol / rtol)`. Both are reported as

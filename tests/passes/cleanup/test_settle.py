@@ -1,0 +1,112 @@
+"""Settle repeats the passes of the preset until nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.support import declared, ops, parse, run
+from xform import passes
+from xform.passes.cleanup.settle import SETTLED, Settle
+from xform.pipeline.manager import run_pipeline
+from xform.pipeline.presets import EXACT, resolve
+from xform.rewrite.passes import Pass, PassContext
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+def test_it_repeats_every_pass_of_the_preset() -> None:
+    assert set(SETTLED) | {"settle", "infer_shapes"} == set(EXACT)
+
+
+LATE: dict[str, tuple[str, Mapping[str, np.ndarray]]] = {
+    "a merged weight leaves constants to fold": (
+        """g (float[2,4] x) => (float[2,4] y) {
+            a = Mul(x, one)  b = Concat<axis = 1>(a, none)  c = MatMul(b, w)  d = Add(c, zero)  y = Mul(d, s) }""",
+        {
+            "one": np.float32(1),
+            "none": np.zeros((2, 0), np.float32),
+            "w": numbers(4, 4),
+            "zero": np.float32(0),
+            "s": numbers(4, seed=2),
+        },
+    ),
+    "constants behind a pad that does nothing": (
+        """g (float[2,3,5,5] x) => (float[2,4,5,5] y) {
+            a = Conv<pads = [1, 1, 1, 1]>(x, w)  b = BatchNormalization(a, s, c, m, v)  e = Pad(b, p)
+            f = Transpose<perm = [0, 2, 3, 1]>(e)  h = Add(f, k)  y = Transpose<perm = [0, 3, 1, 2]>(h) }""",
+        {
+            "w": numbers(4, 3, 3, 3),
+            "s": numbers(4, seed=1),
+            "c": numbers(4, seed=2),
+            "m": numbers(4, seed=3),
+            "v": np.abs(numbers(4, seed=4)) + 0.5,
+            "p": np.zeros(8, np.int64),
+            "k": numbers(4, seed=5),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_second_run_of_the_preset_changes_nothing(name: str) -> None:
+    text, constants = LATE[name]
+    model = parse(declared(text, constants), constants)
+    shape = [d if isinstance(d, int) else 2 for d in model.graph.inputs[0].shape or ()]
+    feeds = {"x": numbers(*shape, seed=9)}
+    once = run_pipeline(model, resolve("exact"), verify="off")
+    again = run_pipeline(once.model, resolve("exact"), verify="off")
+    assert [remark for remark in again.remarks if remark.verdict == "applied"] == []
+    assert ops(again.model) == ops(once.model)
+    np.testing.assert_allclose(run(once.model, feeds)[0], run(model, feeds)[0], rtol=1e-4, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Append(Pass):
+    """Renames the first node, `times` times in all."""
+
+    name: ClassVar[str] = "append"
+    times: int = 3
+
+    def run(self, model: ir.Model, context: PassContext) -> bool:
+        node = next(iter(model.graph))
+        node.name = f"{node.name}'"
+        context.remark(self.name, "rename", "applied", [node.name])
+        context.remark(self.name, "rename", "missed", [node.name], "again")
+        return len(node.name) <= self.times
+
+
+@dataclass(frozen=True)
+class Never(Append):
+    """Does not come to an end."""
+
+    name: ClassVar[str] = "never"
+    times: int = 10**9
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, kind: type[Pass]) -> tuple[bool, PassContext]:
+    monkeypatch.setattr(passes, "PASSES", {kind.name: kind})
+    context = PassContext()
+    model = parse("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    next(iter(model.graph)).name = ""
+    return Settle((kind.name,)).run(model, context), context
+
+
+def test_it_ends_after_a_round_in_which_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, context = settled(monkeypatch, Append)
+    assert changed and context.remarks.count("applied") == 4
+    assert context.remarks.count("missed") == 1  # what the last round missed, once
+
+
+def test_passes_without_end_are_named_and_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed, context = settled(monkeypatch, Never)
+    assert changed and context.remarks.count("applied") == Settle().rounds
+    [remark] = [remark for remark in context.remarks if remark.pass_name == "settle"]
+    assert remark.reason == "the graph still changed after 8 rounds"

@@ -1,0 +1,77 @@
+"""A batch of 0 on a dynamic axis runs in the original and in what the preset makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from tests.support import declared, ops, parse, run
+from xform.pipeline.manager import run_pipeline
+from xform.pipeline.presets import resolve
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+DEPTHWISE = {"w": numbers(6, 1, 3, 3)}
+BLOCKS = {"w": numbers(4, 3, 3), "s4": np.array([0, 0, 4, 3]), "s3": np.array([0, 0, 12])}
+CASES: dict[str, tuple[str, Mapping[str, np.ndarray], tuple[int, ...]]] = {
+    "channel multiplier": (
+        "g (float[N,3,8,8] x) => (float[N,6,6,6] y) { y = Conv<group = 3>(x, w) }",
+        DEPTHWISE,
+        (3, 8, 8),
+    ),
+    "channel multiplier, unknown width": (
+        "g (float[N,3,8,W] x) => (float[N,6,6,V] y) { y = Conv<group = 3>(x, w) }",
+        DEPTHWISE,
+        (3, 8, 7),
+    ),
+    "computed target": (
+        """g (float[N,S,6] x) => (float[N,T] y) {
+            sh = Shape(x)  n = Gather<axis = 0>(sh, i0)  s = Gather<axis = 0>(sh, i1)  k = Mul(s, six)
+            t = Concat<axis = 0>(n, k)  y = Reshape(x, t) }""",
+        {"i0": np.array([0]), "i1": np.array([1]), "six": np.array([6])},
+        (3, 6),
+    ),
+    "computed target in the middle": (
+        """g (float[N,H,W,6] x) => (float[N,T,6] y) {
+            sh = Shape(x)  n = Gather<axis = 0>(sh, i0)  h = Gather<axis = 0>(sh, i1)  w = Gather<axis = 0>(sh, i2)
+            k = Mul(h, w)  t = Concat<axis = 0>(n, k, six)  y = Reshape(x, t) }""",
+        {"i0": np.array([0]), "i1": np.array([1]), "i2": np.array([2]), "six": np.array([6])},
+        (3, 2, 6),
+    ),
+    "views": (
+        """g (float[N,4,6] x) => (float[N,6,4] y) {
+            a = Reshape(x, s1)  b = Transpose<perm = [0, 2, 1]>(a)  c = Reshape(b, s2)  y = Relu(c) }""",
+        {"s1": np.array([0, 4, 6]), "s2": np.array([0, 6, 4])},
+        (4, 6),
+    ),
+    "block-diagonal product": (
+        """g (float[N,S,12] x) => (float[N,S,12] y) {
+            a = Reshape(x, s4)  b = Einsum<equation = "nsgi,gio->nsgo">(a, w)  y = Reshape(b, s3) }""",
+        BLOCKS,
+        (5, 12),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_empty_batch_runs(name: str) -> None:
+    text, constants, shape = CASES[name]
+    model = parse(declared(text, constants), constants)
+    result = run_pipeline(model, resolve("exact"), verify="off").model
+    for batch in (2, 0):
+        feeds = {"x": numbers(batch, *shape, seed=1)}
+        for got, want in zip(run(result, feeds), run(model, feeds), strict=True):
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_computed_target_that_merges_what_follows_becomes_flatten() -> None:
+    text, constants, shape = CASES["computed target"]
+    result = run_pipeline(parse(declared(text, constants), constants), resolve("exact"), verify="off").model
+    assert ops(result) == ["Flatten"]
+    assert run(result, {"x": numbers(0, *shape)})[0].shape == (0, 18)
