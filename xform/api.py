@@ -96,8 +96,8 @@ def optimize(
             torch_triton).
         compile_only: Lower for a target that is not here; what the backend made is not run and not compared.
         padding: "padded", or "packed": with a key-padding mask, compute only what is a token and give zeros elsewhere.
-        threads: Threads of one operator; None for one per physical core. Backend torch_triton sets torch's, which
-            is one for the whole process, while the model runs.
+        threads: Threads of one operator; None for one per physical core. Backend torch_triton sets torch's number,
+            which is one for the whole process, while the model runs.
         limits: What the model may ask of this machine, by name, instead of the defaults of `xform.limits.Limits`:
             `{"memory": 2**34, "seconds": 600}`.
         progress: True for a bar, or a function that is called with what is being done, steps done, and steps in all.

@@ -13,7 +13,9 @@ from xform.backends import LoadOptions, LowerOptions, Runner
 from xform.errors import TargetError, VerificationError
 from xform.passes.attention import PackTokens
 from xform.passes.integer import Quantizer
+from xform.passes.precision import ConvertPrecision
 from xform.pipeline.calibration_data import Flatten, calibration_batches
+from xform.pipeline.half_range import within_range
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.oracle import Inputs, Oracle, Outputs
 from xform.pipeline.padding import zero_pads
@@ -66,12 +68,30 @@ class Plan:
             unpacked = Plan(captured, request, plain, _verifier(captured, request, inputs, oracle))
             captured, oracle = zero_pads(captured, unpacked.exactly(plain)), None
         plan = Plan(captured, request, request.passes, _verifier(captured, request, inputs, oracle))
+        return plan._quantized(flatten)._within_range()
+
+    def _quantized(self, flatten: Flatten | None) -> Plan:
+        """With calibration and the search for what is quantized done, where some pass quantizes."""
+        captured, request = self.captured, self.request
         if not any(isinstance(one, Quantizer) for one in request.passes):
-            return plan
+            return self
         batches, warning = calibration_batches(captured, request.calibration, flatten)
-        quantization = Quantization(request.passes, plan.exactly, batches, request.progress)
+        quantization = Quantization(request.passes, self.exactly, batches, request.progress)
         form = quantization.form_for(request.backend.name)
-        return replace(plan, passes=form.passes, quantization=quantization, remarks=form.remarks, warning=warning)
+        return replace(self, passes=form.passes, quantization=quantization, remarks=form.remarks, warning=warning)
+
+    def _within_range(self) -> Plan:
+        """With what leaves the range of float16 kept out of it, where some pass makes float16."""
+        place = next((i for i, one in enumerate(self.passes) if isinstance(one, ConvertPrecision)), None)
+        if place is None:
+            return self
+        before, asked, after = self.passes[:place], self.passes[place], self.passes[place + 1 :]
+        assert isinstance(asked, ConvertPrecision)
+        self.verifier.prepare()
+        cases = [case.arrays for case in self.verifier.cases_for(asked.fidelity)]
+        model = run_pipeline(self.captured, before, target=self.request.target, verify="off").model
+        chosen, remarks = within_range(asked, model, cases)
+        return replace(self, passes=(*before, chosen, *after), remarks=(*self.remarks, *remarks))
 
     def run(self, passes: Sequence[Pass], verifier: Verifier | None = None) -> PipelineResult:
         """Run some passes on the captured graph, verified as the request says."""

@@ -71,14 +71,13 @@ class OpenVinoBackend:
         """See `xform.backends.base.Backend.check`."""
         check_precision(self.name, self.precisions, options.precision, "'torch_triton'")
         check_compile(self.name, options)
-        missing = (
-            _available.missing_bfloat16() if options.precision == "bfloat16" and not options.compile_only else None
-        )
+        asked = options.precision == "bfloat16" and not options.compile_only
+        missing = _available.missing_bfloat16() if asked else None
         if missing is not None:
             raise TargetError(
                 f"this machine does not compute in bfloat16: {missing}",
-                hint="leave precision out, or run on a processor with AMX or AVX-512 BF16 (Sapphire Rapids, "
-                "Zen 4 and newer), or give compile_only to write the model for one",
+                hint="leave precision out, or run on a processor with AMX or AVX-512 BF16 (Intel since Sapphire "
+                "Rapids, AMD since Zen 4), or give compile_only to write the model for one",
             )
 
     def available(self, target: Target) -> str | None:

@@ -17,7 +17,8 @@ import xform
 from xform.backends import BACKENDS, LoadOptions, LowerOptions, get_backend
 from xform.backends.openvino import available
 from xform.backends.openvino.compile import settings_for
-from xform.errors import TargetError, UsageError
+from xform.errors import TargetError, UsageError, XformWarning
+from xform.passes.precision import ConvertPrecision
 from xform.target import Target
 
 CPU = Target("cpu")
@@ -52,12 +53,35 @@ def test_float16_takes_half_the_bytes_and_keeps_the_interface(backend, tmp_path:
     assert {t.data_type for t in proto.graph.initializer} == {onnx.TensorProto.FLOAT16}
 
 
-def test_a_model_that_leaves_the_range_of_float16_stays_in_float32_and_says_so():
-    large = (W["w0"] * 1e5).astype(np.float32)  # whose products reach 1e6
-    body = "a = MatMul(x, w0) r = Abs(a) n = Mul(r, r) d = ReduceMax(n) e = Div(n, d) y = MatMul(e, w1)"
-    fast = xform.optimize(graph(body, w0=np.clip(large, -6e4, 6e4)), precision="float16")
+def test_what_leaves_the_range_of_float16_stays_in_float32_and_says_so():
+    large = (W["w0"] * 1e5).astype(np.float32)  # within the range itself, while products with it are not
+    body = "a = MatMul(x, w0) r = Gelu(a) m = ReduceMax(r) d = Div(r, m) y = MatMul(d, w1)"
+    fast = xform.optimize(graph(body, w0=large), precision="float16")
+    assert "numbers there reach" in fast.explain("precision")
+    dtypes = {n.op_type: n.outputs[0].dtype for n in fast.graph.graph if n.op_type in ("MatMul", "Gelu", "Div")}
+    assert dtypes == {"MatMul": ir.DataType.FLOAT16, "Gelu": ir.DataType.FLOAT, "Div": ir.DataType.FLOAT}
+    assert fast.report.verification.passed
+
+
+def test_a_rewrite_to_float16_that_is_wrong_is_rolled_back(monkeypatch):
+    monkeypatch.setattr(ConvertPrecision, "run", spoiled(ConvertPrecision.run))
+    with pytest.warns(XformWarning, match="convert_precision"):
+        fast = xform.optimize(graph(), precision="float16")
     assert any("convert_precision was rolled back" in warning for warning in fast.report.warnings)
     assert fast.report.after.bytes == sum(w.nbytes for w in W.values())
+
+
+def spoiled(run: Any) -> Any:
+    """The pass with a tenth of one weight lost."""
+
+    def other(self: ConvertPrecision, model: ir.Model, context: Any) -> bool:
+        changed = run(self, model, context)
+        for value in model.graph.initializers.values():
+            if value.dtype is ir.DataType.FLOAT16 and value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy() * np.float16(0.9), name=value.name)
+        return bool(changed)
+
+    return other
 
 
 def test_float16_beside_int8_leaves_int8_as_it_is():

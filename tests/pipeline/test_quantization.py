@@ -10,12 +10,15 @@ import pytest
 from support import declared, parse
 
 import xform
+from xform.errors import UsageError, XformWarning
 from xform.passes.integer import ApproximateGelu, QuantizeProducts, QuantizeStatic, ScaleChannels
 from xform.passes.normalize import LayerWiseScales, MigrateScales
 from xform.pipeline.calibration import activation_ranges
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.presets import INT8
-from xform.pipeline.quantization import Quantization
+from xform.pipeline.quantization import Quantization, told
+from xform.report.schema import PassReport
+from xform.rewrite.remarks import Remark
 
 RNG = np.random.default_rng(0)
 CONVS = {
@@ -241,3 +244,40 @@ def test_errors_are_measured_on_as_many_batches_as_one_can_afford(
     (one,) = found.form_for("openvino").passes
     seen = activation_ranges(found.exact, images(5))
     assert isinstance(one, QuantizeStatic) and one.ranges == seen  # ranges are of all batches
+
+
+def test_what_was_found_for_a_pass_that_is_rolled_back_is_not_told_as_done() -> None:
+    found = Remark("quantize_static", "sensitivity", "applied", (), "static: 13 products in int8", "int8")
+    other = Remark("raise_gelu", "erf", "applied", (), "", "gelu")
+    undone = PassReport("quantize_static", "approximate", "rolled_back", reason="output y differs")
+    told_of, untouched = told([found, other], [undone])
+    assert (told_of.verdict, untouched) == ("rolled_back", other)
+    assert "not in the result" in told_of.reason and "13 products" in told_of.reason
+    assert told([found], [PassReport("quantize_static", "approximate", "changed")]) == [found]
+    assert told([found], [], ["quantize_static"])[0].verdict == "rolled_back"
+
+
+def test_explain_says_what_the_result_has_where_int8_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    w = {f"w{i}": (rng.normal(size=(64, 64)) / 8).astype(np.float32) for i in range(2)}
+    model = parse(
+        "g (float[n,64] x, float[64,64] w0, float[64,64] w1) => (float[n,64] y) { a = MatMul(x, w0) r = Gelu(a) "
+        "y = MatMul(r, w1) }",
+        w,
+    )
+    given = [{"x": rng.normal(size=(8, 64)).astype(np.float32)}]
+    with pytest.warns(XformWarning, match="rolled back"):
+        result = xform.optimize(
+            model, preset="int8", calibration=given, inputs=given, passes=[QuantizeProducts(smallest=0)], tolerance=1e-6
+        )
+    text = result.explain("int8")
+    assert "int8: 0 in the result" in text and "done" not in text and "2 products in int8" in text
+
+
+def test_calibration_data_that_the_model_does_not_run_on_is_a_usage_error() -> None:
+    text = "g (float[n,64] x, float[m,64] z, float[64,64] w) => (float[n,64] y) { s = Add(x, z) y = MatMul(s, w) }"
+    rng = np.random.default_rng(9)
+    model = parse(text, {"w": rng.normal(size=(64, 64)).astype(np.float32)})
+    sizes = {name: rng.normal(size=(rows, 64)).astype(np.float32) for name, rows in (("x", 3), ("z", 5))}
+    with pytest.raises(UsageError, match="does not run on the calibration data"):
+        Quantization([QuantizeProducts()], lambda passes: model, [sizes])

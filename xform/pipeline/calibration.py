@@ -39,8 +39,8 @@ def observe(
         CouldNotRunError: The graph does not run on these inputs.
     """
     observed = clone(model)
-    counterparts = _counterparts(model, observed)
-    shown = [counterparts[value] for value in values if value.producer() is not None]
+    twins = counterparts(model, observed)
+    shown = [twins[value] for value in values if value.producer() is not None]
     extra = [value for value in dict.fromkeys(shown) if not value.is_graph_output()]
     observed.graph.outputs.extend(extra)
     places = {value: index for index, value in enumerate(observed.graph.outputs)}
@@ -49,8 +49,7 @@ def observe(
 
     def found(batch: Inputs, arrays: Sequence[Any]) -> list[Any]:
         return [
-            arrays[places[counterparts[value]]] if value.producer() is not None else _given(value, batch)
-            for value in values
+            arrays[places[twins[value]]] if value.producer() is not None else _given(value, batch) for value in values
         ]
 
     if run is not None:
@@ -63,7 +62,7 @@ def observe(
             yield found(batch, [results[value.name or ""] for value in observed.graph.outputs])
 
 
-def _counterparts(model: ir.Model, copy: ir.Model) -> dict[ir.Value, ir.Value]:
+def counterparts(model: ir.Model, copy: ir.Model) -> dict[ir.Value, ir.Value]:
     """What each result of a node of the main graph is in a clone: by its place, as names may be missing or taken."""
     pairs = zip(model.graph, copy.graph, strict=True)
     return {v: twin for node, other in pairs for v, twin in zip(node.outputs, other.outputs, strict=True)}
