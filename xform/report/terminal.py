@@ -17,6 +17,7 @@ from xform.text import paragraph, shown
 NODES_SHOWN = 2
 PLACES_SHOWN = 2
 _NAME = 200  # characters of a cell that is one name
+_FACT = 4000  # of a value in words
 _CELL = 200_000  # of a cell of several lines: all nodes of a finding, each of them shortened
 
 
@@ -169,7 +170,7 @@ def verified_on(outcome: VerificationReport) -> str:
     counts = [f"{number} {kind}" for number, kind in kinds if number]
     if not counts:
         return ""
-    detail = [*outcome.sizes, *([f"{len(outcome.masks)} mask styles"] if outcome.masks else [])]
+    detail = [*map(shown, outcome.sizes), *([f"{len(outcome.masks)} mask styles"] if outcome.masks else [])]
     among = f" ({'; '.join(detail)})" if detail else ""
     compared = outcome.reached + outcome.forced
     went = f", {compared} of {outcome.branches} branches" if outcome.branches else ""
@@ -182,7 +183,7 @@ def facts_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(paragraph(value, _FACT)))
     return table
 
 
