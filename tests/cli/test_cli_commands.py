@@ -12,6 +12,8 @@ import onnx
 import pytest
 from cli_support import Run, save_mlp
 
+from xform import __version__ as package_version
+
 CLI = Callable[..., Run]
 
 
@@ -166,7 +168,9 @@ class TestOptimize:
         assert written["schema"] == "xform.report/1" and written["preset"] == "exact"
         assert written["verification"]["passed"] is True
         assert run.json["report"] == written
-        assert onnx.load(tmp_path / "out.onnx").opset_import[0].version == 17
+        model = onnx.load(tmp_path / "out.onnx")
+        assert model.opset_import[0].version == 17
+        assert (model.producer_name, model.producer_version) == ("xform", package_version)
         assert xform("verify", mlp, "out.onnx").code == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.onnx", "out.onnx", "report.json"]
 
