@@ -12,6 +12,8 @@ import onnx
 import pytest
 from cli_support import Run, save_mlp
 
+from xform import __version__ as package_version
+
 CLI = Callable[..., Run]
 
 
@@ -74,7 +76,7 @@ class TestVerify:
         np.savez(tmp_path / "x.npz", x=np.zeros((7, 8), np.float32))
         run = xform("verify", mlp, mlp, "--inputs", "x.npz", "--json")
         assert run.code == 0
-        assert run.json["outputs"][0]["inputs"].startswith("user")
+        assert run.json["outputs"][0]["inputs"] == "given inputs with batch=7"
 
     def test_an_unknown_input_name_ends_with_2(self, xform: CLI, mlp: Path, tmp_path: Path) -> None:
         np.savez(tmp_path / "x.npz", z=np.zeros((7, 8), np.float32))
@@ -166,7 +168,9 @@ class TestOptimize:
         assert written["schema"] == "xform.report/1" and written["preset"] == "exact"
         assert written["verification"]["passed"] is True
         assert run.json["report"] == written
-        assert onnx.load(tmp_path / "out.onnx").opset_import[0].version == 17
+        model = onnx.load(tmp_path / "out.onnx")
+        assert model.opset_import[0].version == 17
+        assert (model.producer_name, model.producer_version) == ("xform", package_version)
         assert xform("verify", mlp, "out.onnx").code == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp.onnx", "out.onnx", "report.json"]
 
