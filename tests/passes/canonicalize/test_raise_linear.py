@@ -64,6 +64,6 @@ def test_factors_that_float16_weights_cannot_take_are_left(alpha: float, beta: f
     text = f"""g (float16[5,3] x, float16[3,4] w, float16[4] c) => (float16[5,4] out)
     {{ out = Gemm <alpha = {alpha:f}, beta = {beta:f}> (x, w, c) }}"""
     text = text.replace("0.000000,", f"{alpha:.9f},").replace("= 0.000000>", f"= {beta:.9f}>")
-    model, remarks = rewritten(text, constants, feeds, RaiseLinear(), rtol=2e-2, atol=1e-2)
+    _, remarks = rewritten(text, constants, feeds, RaiseLinear(), rtol=2e-2, atol=1e-2)
     assert applied(remarks, "gemm") == fires
     assert fires or "float16" in missed(remarks)[0].lower()
