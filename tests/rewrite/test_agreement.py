@@ -129,6 +129,10 @@ def test_folds_that_only_round_are_allowed(number: float, summand: bool) -> None
     assert Rewriter(parse(HALF), "a_pass", PassContext()).apply([Folds(number, summand=summand)])
 
 
+def test_a_bare_number_that_overflows_the_dtype_of_its_operands_is_refused() -> None:
+    assert refused(parse(HALF), Stub("Mul", 1e5)) == "the number 100000 overflows FLOAT16"
+
+
 # Rank-raising constants, against every raising rule
 
 ONES = (1, 1, 1)

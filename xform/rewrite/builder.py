@@ -142,7 +142,11 @@ class Builder:
         if isinstance(given, bool | int | float):
             if like is None:
                 raise TypeError("a bare number needs another input to take its dtype from")
-            return self.constant(np.asarray(given, dtype=like.numpy()))
+            loss = rounding_loss(np.asarray(given, np.float64), like, summand=True) if np.isfinite(given) else None
+            if loss is not None:
+                self.lossy.append(f"the number {given:g} {loss}")
+            with np.errstate(over="ignore"):
+                return self.constant(np.asarray(given, dtype=like.numpy()))
         return self.constant(np.asarray(given, dtype=np.int64))
 
 

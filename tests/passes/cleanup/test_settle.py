@@ -29,8 +29,8 @@ def test_it_repeats_every_pass_of_the_preset() -> None:
 LATE: dict[str, tuple[str, Mapping[str, np.ndarray], str]] = {
     "Transposes that cancel stood in a GELU": (
         """g (float[2,4] x) => (float[2,4] y) {
-            t = Transpose(x)  v = Transpose(t)  a = Div(v, root)  b = Erf(a)
-            c = Add(b, one)  d = Mul(x, c)  y = Mul(d, half) }""",
+            t = Transpose(x)  v = Transpose(t)  a = Div(v, root)  b = Erf(a)  c = Add(b, one)  d = Mul(x, c)
+            y = Mul(d, half) }""",
         {
             "root": np.float32(2**0.5),
             "one": np.float32(1),
