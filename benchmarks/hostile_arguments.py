@@ -163,7 +163,7 @@ WRONG: dict[str, list[str]] = {
     "--opset": ["0", "-1", "9999", "abc", "1.5"],
     "--precision": ["float128", "", "int8"],
     "--compile": ["yes", ""],
-    "--require": ["gelu", "gelu>=abc", ">=1", "gelu>=-1"],
+    "--require": ["gelu>=abc", ">=1", "gelu>=-1"],
     "--max-latency-ratio": ["-1", "abc", "nan"],
     "--max-size": ["-1", "big", "10 parsecs", ""],
     "--max-error": ["-1", "abc", "nan"],

@@ -587,8 +587,8 @@ def names() -> Iterator[Case]:
 def _named(where: str, text: str) -> onnx.ModelProto:
     proto = simple()
     if where == "node":
-        for one in proto.graph.node:
-            one.name = text
+        for number, one in enumerate(proto.graph.node):
+            one.name = f"{text}{number}"
         proto.graph.name = text
         return proto
     for one in proto.graph.node:

@@ -97,3 +97,17 @@ def test_a_constant_that_doubles_itself_is_refused_as_a_shape(start: str) -> Non
     with pytest.raises(LimitError) as caught:
         capture_onnx(doubling(start))
     assert caught.value.limit == "memory"
+
+
+@pytest.mark.parametrize("where", ["node", "value", "dim"])
+def test_names_of_megabytes_are_refused_and_not_printed(where: str) -> None:
+    proto, name = make_proto(), "n" * 10_000_000
+    if where == "node":
+        proto.graph.node[0].name = name
+    elif where == "value":
+        proto.graph.node[0].output[0] = proto.graph.node[1].input[0] = name
+    else:
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param = name
+    with pytest.raises(ModelError, match="10000000 characters") as caught:
+        capture_onnx(proto)
+    assert len(str(caught.value)) < 1000

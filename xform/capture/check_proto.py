@@ -26,6 +26,8 @@ from xform.graph.opset_schema import NEWEST_OPSET, OLDEST_OPSET
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training"})
 
+MAX_NAME = 1 << 16  # characters
+
 _Operator = tuple[str, str]
 _T = onnx.TensorProto
 # Typed storage of a tensor without raw_data: the field, and how many elements one entry holds (below 1: parts of one).
@@ -145,6 +147,8 @@ def _check_graph(graph: onnx.GraphProto, outer: _Scope | None, context: _Context
     scope = _Scope(set(), set(), outer)
     _declare(scope, inputs, where)
     stored = [t.name for t in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
+    for name in stored:
+        _check_length(name)
     for name, count in Counter(stored).items():
         if count > 1 and name:
             raise ModelError(f"{where} has {count} initializers of one name", where=name)
@@ -157,6 +161,7 @@ def _check_graph(graph: onnx.GraphProto, outer: _Scope | None, context: _Context
 
 def _declare(scope: _Scope, names: Iterable[str], where: str) -> None:
     for name in names:
+        _check_length(name)
         if name and name in scope.declared:
             raise ModelError(
                 f"the value '{name}' is defined twice in {where}",
@@ -178,6 +183,12 @@ def _check_outputs(names: Iterable[str], scope: _Scope, where: str) -> None:
             )
 
 
+def _check_length(name: str) -> None:
+    """Names are copied, compared and searched everywhere; one of megabytes makes all of that slow."""
+    if len(name) > MAX_NAME:
+        raise ModelError(f"a name has {len(name)} characters; at most {MAX_NAME} are read", where=name)
+
+
 def _check_nodes(nodes: Iterable[onnx.NodeProto], scope: _Scope, context: _Context, depth: int) -> None:
     for node in nodes:
         for name in node.input:
@@ -190,6 +201,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], scope: _Scope, context: _Conte
                     hint="the file is damaged, or was cut out of a larger model",
                 )
             context.unsorted.append(node_name(node))
+        _check_length(node.name)
         _check_operator(node, context)
         if not context.in_function and any(attr.ref_attr_name for attr in node.attribute):
             raise ModelError("a node outside of functions takes an attribute from a caller", where=node_name(node))
@@ -310,6 +322,8 @@ def _check_interface(graph: onnx.GraphProto) -> None:
                 hint="export classifiers with tensors as outputs (skl2onnx: options={'zipmap': False})",
             )
     for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            _check_length(dim.dim_param)
         if len(value.type.tensor_type.shape.dim) > MAX_RANK:
             raise ModelError("an input or output has more axes than any runtime takes", where=value.name)
     for value in graph.input:
