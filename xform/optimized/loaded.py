@@ -88,7 +88,7 @@ class LoadedModel(Optimized):
         return self._report
 
     def explain(self, concept: str | None = None) -> str:
-        """See the class; from the report alone, as a lowered graph has other operators than that which was rewritten."""
+        """See the class; from the report alone, as a lowered graph has other operators than the rewritten one."""
         nothing = ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
         text = explanation(self.report, nothing, concept)
         if concept is None:
