@@ -1,4 +1,4 @@
-"""generate() of Hugging Face models: the same tokens, a bounded number of captures, a model untouched."""
+"""generate() of Hugging Face models: the same tokens, a bounded number of captures, a model that nobody touched."""
 
 from __future__ import annotations
 

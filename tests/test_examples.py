@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -64,3 +66,9 @@ def test_classifier(tmp_path: Path) -> None:
     text = _run("classifier.py", tmp_path)
     assert "scaled_dot_product_attention_3 on 1 of 64 rows" in text
     assert "89.6 million operations, 110.6 with rows that nobody reads" in text
+
+
+def test_generate(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    text = _run("generate.py", tmp_path)
+    assert "greedy: the same 16 tokens" in text and "beams: the same 16 tokens" in text

@@ -157,9 +157,8 @@ class CapturedModule:
         if arguments.order != example.order:
             more = [name for name in arguments.order if name not in example.order]
             fewer = [name for name in example.order if name not in arguments.order]
-            found = [
-                f"{words} {_some(names)}" for words, names in (("the argument", more), ("no argument", fewer)) if names
-            ]
+            told = (("the argument", more), ("no argument", fewer))
+            found = [f"{words} {_some(names)}" for words, names in told if names]
             return f"it has {' and '.join(found) or 'its arguments in another order'}, other than the captured one"
         if list(arguments.tensors) != list(example.tensors):
             differ = sorted(arguments.tensors.keys() ^ example.tensors.keys())
