@@ -33,7 +33,7 @@ def make_report() -> Report:
         concepts={"attention": 2},
         placement={"CPUExecutionProvider": 6},
         artifact={"opset": 20, "lowered": {"linear: Gemm": 2}},
-        verification=VerificationReport("final", True, 1e-6, 2e-6, 1e-4, 2),
+        verification=VerificationReport("final", True, 1e-6, 2e-6, 1e-4, 2, random=2),
         latency=LatencyReport(10.0, 5.0, 2.0, 7),
         seconds={"capture": 0.25},
         warnings=["weights hold NaN"],

@@ -20,6 +20,7 @@ from xform.pipeline.padding import zero_pads
 from xform.pipeline.quantization import Quantization
 from xform.pipeline.reference import Execute, run_anywhere
 from xform.pipeline.result import PipelineResult
+from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.verdict import Verification
 from xform.pipeline.verify import UserInputs, Verifier
 from xform.rewrite.passes import Pass
@@ -72,6 +73,11 @@ class Plan:
         quantization = Quantization(request.passes, plan.exactly, batches, request.progress)
         form = quantization.form_for(request.backend.name)
         return replace(plan, passes=form.passes, quantization=quantization, remarks=form.remarks, warning=warning)
+
+    @property
+    def tolerance(self) -> UserTolerance | None:
+        """What the result is held to."""
+        return self.request.tolerance
 
     def run(self, passes: Sequence[Pass], verifier: Verifier | None = None) -> PipelineResult:
         """Run some passes on the captured graph, verified as the request says."""

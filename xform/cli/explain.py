@@ -49,23 +49,26 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Run the passes and tell every decision about CONCEPT (about everything without one), with all nodes."""
+    from xform.backends import LowerOptions
     from xform.capture.onnx_file import capture_onnx
+    from xform.compilation import Request
     from xform.passes import PASSES
-    from xform.pipeline.manager import run_pipeline
+    from xform.pipeline.reference import OriginalModel
+    from xform.planning import Plan
     from xform.report.concepts import CONCEPTS, count_concepts
 
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)
     feeds = read_inputs(inputs)
     with progress_bar(session, "reading") as advance:
-        result = run_pipeline(
-            capture_onnx(model),
-            wanted,
-            target=target,
-            verify=verify_mode(verify),
-            inputs=feeds,
-            progress=advance,
-        )
+        request = Request.of(
+            target, preset, wanted, None, None, None, verify_mode(verify), False,
+            LowerOptions(compile_only=True), advance,
+        )  # fmt: skip
+        plan = Plan.of(capture_onnx(model), request, inputs=feeds, oracle=OriginalModel(model))
+        result = plan.run(plan.passes)
+    for remark in plan.remarks:
+        result.remarks.add(remark)
     for remark in _of_backend(result.model, target):
         result.remarks.add(remark)
     remarks = list(result.remarks) if concept is None else result.remarks.about(concept)
