@@ -22,6 +22,7 @@ from xform.pipeline.padding import zero_pads
 from xform.pipeline.quantization import Quantization
 from xform.pipeline.reference import Execute, run_anywhere
 from xform.pipeline.result import PipelineResult
+from xform.pipeline.tolerance import UserTolerance
 from xform.pipeline.verdict import Verification
 from xform.pipeline.verify import UserInputs, Verifier
 from xform.rewrite.passes import Pass
@@ -92,6 +93,11 @@ class Plan:
         model = run_pipeline(self.captured, before, target=self.request.target, verify="off").model
         chosen, remarks = within_range(asked, model, cases)
         return replace(self, passes=(*before, chosen, *after), remarks=(*self.remarks, *remarks))
+
+    @property
+    def tolerance(self) -> UserTolerance | None:
+        """What the result is held to."""
+        return self.request.tolerance
 
     def run(self, passes: Sequence[Pass], verifier: Verifier | None = None) -> PipelineResult:
         """Run some passes on the captured graph, verified as the request says."""

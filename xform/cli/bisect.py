@@ -57,24 +57,34 @@ def bisect(
     debug: Debug = False,
 ) -> None:
     """Name the first pass that changes what the model computes, and where in it (exit code 5 if there is one)."""
+    from xform.backends import LowerOptions
     from xform.capture.onnx_file import capture_onnx
+    from xform.compilation import Request
     from xform.pipeline.bisect import bisect as search
+    from xform.pipeline.reference import OriginalModel
+    from xform.planning import Plan
 
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)
-    sizes = parse_sizes(size)
+    source, feeds = model_source(model), read_inputs(inputs)
     with in_limits(limit), progress_bar(session, "reading") as advance:
+        captured, original = capture_onnx(source), OriginalModel(source)
+        request = Request.of(
+            target, preset, wanted, None, None, tolerance, "off", False, LowerOptions(compile_only=True), advance
+        )
+        plan = Plan.of(captured, request, inputs=feeds, oracle=original)  # what `optimize` runs, int8 searched too
         result = search(
-            capture_onnx(model_source(model)),
-            wanted,
+            captured,
+            plan.passes,
             target=target,
-            inputs=read_inputs(inputs),
-            sizes=sizes,
-            tolerance=tolerance,
+            inputs=feeds,
+            sizes=parse_sizes(size),
+            tolerance=plan.tolerance,
+            oracle=original,
             progress=advance,
             seed=seed,
         )
-    session.document.update({"model": str(model), "passes": [p.name for p in wanted], **result.as_dict()})
+    session.document.update({"model": str(model), "passes": [p.name for p in plan.passes], **result.as_dict()})
     if not result.found:
         session.show(f"all {len(wanted)} passes keep the numbers", style="green")
         return

@@ -59,9 +59,12 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Run the passes and tell every decision about CONCEPT (about everything without one), with all nodes."""
+    from xform.backends import LowerOptions
     from xform.capture.onnx_file import capture_onnx
+    from xform.compilation import Request
     from xform.passes import PASSES
-    from xform.pipeline.manager import run_pipeline
+    from xform.pipeline.reference import OriginalModel
+    from xform.planning import Plan
     from xform.report.concepts import ALIASES, CONCEPTS, TOPICS, count_concepts, with_concepts
     from xform.report.explanation import heading, topics_of
 
@@ -71,17 +74,17 @@ def explain(
     if name is not None and not name.strip():
         raise UsageError("CONCEPT is empty", hint="leave it out to see everything")
     with in_limits(limit):
-        feeds = read_inputs(inputs)
-        captured = capture_onnx(model_source(model))
+        source, feeds = model_source(model), read_inputs(inputs)
+        captured = capture_onnx(source)
         with progress_bar(session, "reading") as advance:
-            result = run_pipeline(
-                captured,
-                wanted,
-                target=target,
-                verify=verify_mode(verify),
-                inputs=feeds,
-                progress=advance,
-            )
+            request = Request.of(
+                target, preset, wanted, None, None, None, verify_mode(verify), False,
+                LowerOptions(compile_only=True), advance,
+            )  # fmt: skip
+            plan = Plan.of(captured, request, inputs=feeds, oracle=OriginalModel(source))
+            result = plan.run(plan.passes)
+    for remark in plan.remarks:
+        result.remarks.add(remark)
     for remark in _of_backend(result.model, target):
         result.remarks.add(remark)
     every = with_concepts(result.remarks, captured)
