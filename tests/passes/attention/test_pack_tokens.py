@@ -158,7 +158,8 @@ def test_shapes_of_packed_rows_may_be_read() -> None:
     body = BLOCK.replace("bias = Where", "narrow = Where")
     body = body.replace(
         "a = Attention",
-        """ones = Constant <value_ints = [1, 1]> () length = Shape <start = 2, end = 3> (qh)
+        """ones = Constant <value_ints = [1, 1]> ()
+        length = Shape <start = 2, end = 3> (qh)
         to = Concat <axis = 0> (ones, length, length) bias = Expand(narrow, to) a = Attention""",
     )
     shapes = {"inputs": f"float[b,s,{C}] x, int64[b,s] mask", "outputs": f"float[b,s,{C}] y"}
