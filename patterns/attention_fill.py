@@ -181,6 +181,10 @@ def _always_open(step: Fill) -> bool:
 def _check_sums(logits: Logits, dtype: ir.DataType) -> Failure | None:
     """Additive masks whose sum rounds differently when it is taken before the logits come in."""
     adds = [(i, step) for i, step in enumerate(logits.steps) if isinstance(step, AddMask)]
+    large = [i for i, step in adds if not is_small(step.mask)]
+    if len(large) > 1 and any(isinstance(s, Multiply) and s.factor < 1 for s in logits.steps[large[1] :]):
+        reason = "masks whose sum may overflow are scaled down afterwards: folding the factor in would hide that"
+        return Failure(reason, (logits.product,))
     for i, step in adds:
         others = [other for _, other in adds if other is not step and not is_switch(other.mask, dtype)]
         later = [s.factor for s in logits.steps[i + 1 :] if isinstance(s, Multiply)]

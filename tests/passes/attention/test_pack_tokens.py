@@ -33,7 +33,8 @@ CONSTANTS = {
     "gain": floats(C), "wide": floats(1, 1, C), "w1": floats(C, 2 * C), "w2": floats(2 * C, C),
     "heads": np.array([0, 0, H, C // H]), "merged": np.array([0, 0, C]), "axes": np.array([1, 2]),
     "rows": floats(S, C), "last": np.array([2]), "sides": np.array([1, 3]),
-    "zero": np.array(0.0, np.float32), "lowest": np.array(-1e30, np.float32), "first": np.array(0),
+    "zero": np.array(0.0, np.float32), "lowest": np.array(-1e30, np.float32),
+    "infinite": np.array(-np.inf, np.float32), "first": np.array(0),
     "one": np.array([1]), "zeros": np.array([0]),
 }  # fmt: skip
 BLOCK = """
@@ -125,6 +126,51 @@ def test_the_first_token_may_be_read(end: str, shape: str) -> None:
     given = feeds()
     expected = run(block(end, outputs=shape), given)[0]
     np.testing.assert_allclose(run(packed(block(end, outputs=shape)), given)[0], expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("fill", ["lowest", "infinite"])
+def test_the_first_token_of_a_sequence_that_begins_with_a_pad_is_its_own(fill: str) -> None:
+    body = BLOCK.replace("lowest", fill)
+    end = "y = Gather <axis = 1> (z, first)"
+    masks = [[[0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1]]]
+    masks += [[[0] * S, [1] * S, [0, 1, 0, 0, 0, 0]], [[0] * S] * 3] if fill == "lowest" else []
+    for mask in masks:
+        given = {**feeds(), "mask": np.array(mask)}
+        expected = run(block(end, body=body, outputs=f"float[{B},{C}] y"), given)[0]
+        found = run(packed(block(end, body=body, outputs=f"float[{B},{C}] y")), given)[0]
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("number", ["-1.0", "-100.0"])
+def test_a_mask_that_leaves_pads_a_weight_stops_it(number: str) -> None:
+    body = BLOCK.replace("Where(keys, zero, lowest)", "Where(keys, zero, weak)")
+    body = f"weak = Constant <value_float = {number}> () {body}"
+    assert any("rows of pads" in reason for reason in missed(apply(block(body=body), PackTokens())))
+
+
+def test_a_mask_that_is_the_other_way_round_stops_it() -> None:
+    """Nonzero where a pad is, as in PyTorch's key_padding_mask."""
+    body = BLOCK.replace("Where(keys, zero, lowest)", "Where(keys, lowest, zero)")
+    assert any("rows of pads" in reason for reason in missed(apply(block(body=body), PackTokens())))
+
+
+def test_shapes_of_packed_rows_may_be_read() -> None:
+    body = BLOCK.replace("bias = Where", "narrow = Where")
+    body = body.replace(
+        "a = Attention",
+        """ones = Constant <value_ints = [1, 1]> ()
+        length = Shape <start = 2, end = 3> (qh)
+        to = Concat <axis = 0> (ones, length, length) bias = Expand(narrow, to) a = Attention""",
+    )
+    shapes = {"inputs": f"float[b,s,{C}] x, int64[b,s] mask", "outputs": f"float[b,s,{C}] y"}
+    expected = run(block(body=body, **shapes), feeds())[0]
+    np.testing.assert_allclose(run(packed(block(body=body, **shapes)), feeds())[0], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_an_empty_batch_is_packed() -> None:
+    shapes = {"inputs": f"float[b,{S},{C}] x, int64[b,{S}] mask", "outputs": f"float[b,{S},{C}] y"}
+    nobody = {name: array[:0] for name, array in feeds().items()}
+    assert run(packed(block(**shapes)), nobody)[0].shape == (0, S, C)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [S, S, S], [1, 1, 1]])
