@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_classifier(tmp_path: Path) -> None:
     assert "89.6 million operations, 110.6 with rows that nobody reads" in text
 
 
-def test_generate(tmp_path: Path) -> None:
+def test_generate(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    text = _run("generate.py", tmp_path)
+    runpy.run_path(str(EXAMPLES / "generate.py"), run_name="__main__")  # here: see conftest.py
+    text = capsys.readouterr().out
     assert "greedy: the same 16 tokens" in text and "beams: the same 16 tokens" in text
