@@ -126,17 +126,7 @@ class Region:
 
     def settle(self) -> None:
         """Leave out terms that are constant: their shift joins another term of the same root."""
-        for row in self.terms:
-            for term in [t for t in row if t.map.zero and not t.views]:
-                others = [i for i, t in enumerate(row) if t is not term and not t.views]
-                if not others:
-                    continue
-                keep = max(others, key=lambda i: not row[i].map.diagonal)
-                shift = scaling(np.ones(1), term.map.arrays[1], term.map.outputs)
-                shifted = compose(shift, row[keep].map)
-                if isinstance(shifted, AffineMap):
-                    row[keep] = replace(row[keep], map=shifted)
-                    row.remove(term)
+        self.terms = [_settled(row) for row in self.terms]
 
     def saved(self) -> list[ir.Node]:
         """Absorbed nodes that nothing outside needs once the roots are replaced."""
@@ -157,6 +147,26 @@ class Region:
             dead.update(dict.fromkeys(fresh))
             left = [n for n in left if n not in dead]
         return found
+
+
+def _settled(row: list[Term]) -> list[Term]:
+    """One root's terms with the shifts of constant ones in another one; of constants alone, one is left.
+
+    Terms are told apart by identity: equality does not look at the numbers of a map.
+    """
+    plain = [t for t in row if not t.views]
+    if len(plain) < 2 or not any(t.map.zero for t in plain):
+        return row
+    keep = max(plain, key=lambda t: (not t.map.zero, not t.map.diagonal))
+    gone = [t for t in plain if t.map.zero and t is not keep]
+    if not gone:
+        return row
+    shift = np.sum([t.map.arrays[1] for t in gone], axis=0)
+    shifted = compose(scaling(np.ones(1), shift, keep.map.outputs), keep.map)
+    if isinstance(shifted, str):
+        return row
+    left = [t for t in row if all(t is not other for other in gone)]
+    return [replace(t, map=shifted) if t is keep else t for t in left]
 
 
 def _unread(node: ir.Node, dead: Mapping[ir.Node, None]) -> bool:

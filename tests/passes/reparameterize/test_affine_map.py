@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from xform.passes.reparameterize.affine_map import AffineMap, Window, add, compose, identity, scaling
+from xform.passes.reparameterize.affine_region import Region, Term
 
 TOLERANCE = 1e-10
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
@@ -226,3 +230,15 @@ def test_groups_merge_to_their_greatest_common_divisor():
         both = compose(after, a)
         assert both.group == expected
         np.testing.assert_allclose(run(both, x), run(after, run(a, x)), atol=TOLERANCE)
+
+
+def test_constant_terms_alone_leave_one_term_with_every_shift_once():
+    generator = np.random.default_rng(5)
+    shifts = generator.normal(size=(3, 4))
+    sources = [ir.Value(name=f"x{i}", shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT)) for i in (0, 0, 1)]
+    constants = [replace(scaling(np.zeros(1), shift, 4), zero=True) for shift in shifts]
+    terms = [Term(source, 1, part) for source, part in zip(sources, constants, strict=True)]
+    region = Region(((sources[0], 1),), [terms])
+    region.settle()
+    ((left,),) = region.terms
+    np.testing.assert_allclose(left.map.arrays[1], shifts.sum(axis=0), rtol=1e-15)
