@@ -3,7 +3,7 @@
 Wraps onnx-ir's RemoveUnusedNodesPass, RemoveUnusedFunctionsPass and RemoveUnusedOpsetsPass. Inputs stay, used or not.
 
 A node with a body (If, Loop, Scan) that is removed leaves the nodes of its body holding the values they read from
-outside, whoever removed it. `forget_removed` takes these uses away, so that what fed only a removed body is removed too.
+outside, whoever removed it. `forget_removed` takes these uses away, so that what fed only that body is removed too.
 """
 
 from __future__ import annotations
