@@ -248,6 +248,18 @@ def test_dead_nodes_and_weights_go_and_inputs_stay() -> None:
     assert "1 nodes removed, 1 constants removed" in [r.reason for r in remarks]
 
 
+@pytest.mark.parametrize("source", ["Neg(x)", "Add(x, w)"])
+def test_what_fed_only_a_removed_branch_goes_in_one_run(source: str) -> None:
+    text = f"""g (float[2,4] x, float[4] w, bool c) => (float[2,4] y)
+        {{ a = {source} u = If(c) <then_branch = t () => (float[2,4] p) {{ q = Exp(a) p = Abs(q) }},
+        else_branch = e () => (float[2,4] r) {{ r = Identity(a) }}> y = Relu(x) }}"""
+    model = parse(text, {"w": floats(4)})
+    apply(model, RemoveDeadCode())
+    assert ops(model) == ["Relu"]
+    assert not model.graph.initializers
+    assert not RemoveDeadCode().run(model, PassContext())
+
+
 def test_weight_that_only_a_subgraph_reads_stays() -> None:
     text = """g (float[2,4] x, bool c, float[4] w) => (float[2,4] y) {
         y = If (c) <then_branch = t () => (float[2,4] a) { a = Add(x, w) }, else_branch = e () => (float[2,4] b)
