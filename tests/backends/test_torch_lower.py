@@ -298,3 +298,31 @@ def test_a_token_for_every_image_leaves_the_batch_dynamic() -> None:
     module = to_torch(parse(text, {"token": floats(1, 1, 4)}))
     exported = torch.export.export(module, (torch.randn(2, 3, 4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert exported.module()(torch.randn(5, 3, 4))[0].shape == (5, 4, 4)
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub", "Mul", "Div", "Pow"])
+def test_a_constant_of_more_axes_raises_the_rank(operator: str) -> None:
+    constant = np.full((1, 1, 1), 2, np.float32)
+    text = f"g (float[N,5] x, float[1,1,1] c) => (float[1,N,5] y) {{ y = {operator}(x, c) }}"
+    check(text, {"x": np.abs(floats(3, 5)) + 1}, {"c": constant})
+
+
+@pytest.mark.parametrize("height", [0, 6])
+def test_an_inferred_dim_of_an_empty_tensor(height: int) -> None:
+    text = """g (float[N,3,H,4] x, int64[1] m, int64[1] f) => (float[A,H,4] y) {
+        s = Shape<start=2, end=3>(x)  t = Concat<axis=0>(m, s, f)  y = Reshape(x, t) }"""
+    model = parse(text, {"m": np.array([-1], np.int64), "f": np.array([4], np.int64)})
+    (got,) = outputs(model, {"x": floats(2, 3, height, 4)})
+    assert got.shape == (6 if height else 0, height, 4)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_ranges_of_an_empty_batch(batch: int) -> None:
+    text = """g (float[N,4] x) => (uint8[N,4] y, float[] s, uint8[] z) { y, s, z = DynamicQuantizeLinear(x) }"""
+    check(text, {"x": floats(batch, 4)})
+
+
+def test_the_extremes_of_an_empty_batch_are_bounds_of_the_type() -> None:
+    model = parse("g (float[N,4] x) => (float[1,1] y) { y = ReduceMax(x) }")
+    (got,) = outputs(model, {"x": np.zeros((0, 4), np.float32)})
+    assert got.shape == (1, 1) and np.isneginf(got).all()

@@ -64,8 +64,9 @@ def dequantize(
 
 
 def dynamic_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DynamicQuantizeLinear to uint8: the range of `x`, with 0 in it, in 255 steps."""
-    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    """DynamicQuantizeLinear to uint8: the range of `x`, with 0 in it, in 255 steps; of nothing, that of 0 alone."""
+    ends = (x.amin(), x.amax()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+    low, high = ends[0].clamp(max=0), ends[1].clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.round((-low / scale).clamp(0, 255))

@@ -128,9 +128,15 @@ class Site:
         return [self.tensor(i) for i in range(start, len(self.node.inputs))]
 
     def operand(self, index: int) -> Any:
-        """Input `index` as a Python number if it is a scalar constant or a size, else as a tensor."""
+        """Input `index` as a Python number if it is a constant of one element, else as a tensor.
+
+        A number has no rank, so a constant of more axes than the other inputs stays a tensor: it raises their rank.
+        """
         number = self.number(index)
-        return self.tensor(index) if number is None else number
+        others = (self.rank(i) or 0 for i in range(len(self.node.inputs)) if i != index and self.has(i))
+        if number is None or (self.rank(index) or 0) > max(others, default=0):
+            return self.tensor(index)
+        return number
 
     def number(self, index: int) -> int | float | bool | None:
         """The Python number of an anonymous constant with one element, else None."""

@@ -30,11 +30,6 @@ def operands(site: Site) -> tuple[Any, Any]:
     left, right = site.operand(0), site.operand(1)
     if not hasattr(left, "meta") and not hasattr(right, "meta"):
         return site.tensor(0), right
-    # A number takes part in a product of any rank, but a tensor [1] raises the rank of a scalar.
-    if not hasattr(left, "meta") and (site.rank(0) or 0) > (site.rank(1) or 0):
-        left = site.tensor(0)
-    if not hasattr(right, "meta") and (site.rank(1) or 0) > (site.rank(0) or 0):
-        right = site.tensor(1)
     return left, right
 
 
@@ -114,7 +109,7 @@ def modulo(site: Site) -> Any:
 def power(site: Site) -> Any:
     base, exponent = site.tensor(0), site.operand(1)
     dtype = site.dtype()
-    if exponent == 2 and site.is_float():
+    if not hasattr(exponent, "meta") and exponent == 2 and site.is_float():
         return site.call(torch.square, base)
     if site.dtype(0) == site.dtype(1) and site.is_float():
         return site.call(torch.pow, base, exponent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -43,7 +43,7 @@ def reduce(site: Site) -> Any:
         axes = list(range(site.demand_rank()))
     elif rank is not None:
         axes = sorted(axis % rank for axis in axes)
-    if kind in ("ReduceMax", "ReduceMin") and (site.dtype() is ir.DataType.BOOL or _may_be_empty(site)):
+    if kind in ("ReduceMax", "ReduceMin") and (site.dtype() is ir.DataType.BOOL or _may_be_empty(site, axes)):
         return site.call(reductions.extreme, x, list(axes), keepdims, kind == "ReduceMax")
     integer = not site.is_float()
     if (integer and kind in ("ReduceSum", "ReduceMean", "ReduceLogSumExp")) or site.dtype() in UNSIGNED:
@@ -56,9 +56,10 @@ def reduce(site: Site) -> Any:
     return site.call(function, x, list(axes), keepdims)
 
 
-def _may_be_empty(site: Site) -> bool:
+def _may_be_empty(site: Site, axes: Sequence[int]) -> bool:
+    """Whether a reduced dim is 0, or not known before the run."""
     shape = site.shape()
-    return shape is not None and 0 in shape
+    return shape is None or not all(isinstance(shape[axis], int) and shape[axis] for axis in axes)
 
 
 def _of_single_elements(site: Site) -> Any:

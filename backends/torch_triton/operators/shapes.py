@@ -15,6 +15,7 @@ from xform.backends.torch_triton.functions import layouts, sizes
 from xform.backends.torch_triton.lower.site import Ints, Item, Site, Unsupported, axes_of, is_computed
 from xform.backends.torch_triton.lower.table import lowers
 from xform.backends.torch_triton.operators.arithmetic import item_of
+from xform.graph.values import shape_of
 
 
 def dim(site: Site, index: int, axis: int) -> Item:
@@ -59,12 +60,18 @@ def reshape(site: Site) -> Any:
     if target is None:
         return site.call(sizes.reshape, site.tensor(), site.call(torch.Tensor.tolist, site.tensor(1)), keep_zero)
     items = list(target.items)
-    static = site.shape()
-    empty = static is not None and 0 in static
-    if (target.known is None and not keep_zero and _may_be_zero(items)) or empty:
+    static, ambiguous = site.shape(), False
+    if target.known is None and not keep_zero and _may_be_zero(items):
         return site.call(sizes.reshape, site.tensor(), Ints(tuple(items)), keep_zero)
     if not keep_zero:
         items = [dim(site, 0, axis) if item == 0 else item for axis, item in enumerate(items)]
+    if -1 in items and any(isinstance(item, Node) for item in items):  # of a batch of none, torch infers nothing
+        place, result = items.index(-1), shape_of(site.node.outputs[0])
+        known = None if result is None else result[place]
+        items[place] = known if isinstance(known, int) else -1
+        ambiguous = items[place] == -1
+    if ambiguous or (static is not None and 0 in static):
+        return site.call(sizes.reshape, site.tensor(), Ints(tuple(items)), keep_zero)
     return site.call(torch.Tensor.reshape, site.tensor(), items)
 
 
