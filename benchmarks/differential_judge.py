@@ -220,7 +220,7 @@ def _compareupcast(case: Case, original: Original, result: Any, outcome: Outcome
     from xform.target import Target
 
     want = session(retyped(retyped(case.model, F32, BF16), BF16, F32))
-    # ONNX Runtime has few kernels in bfloat16, so torch may have been taken: what xform writes for ONNX Runtime is judged
+    # ONNX Runtime has few kernels in bfloat16, so torch may have been taken; judged is what ONNX Runtime would get
     written = OnnxRuntimeBackend().lower(result.graph, Target.parse("cpu"), LowerOptions())
     made = session(retyped(onnx.load_model_from_string(written.to_bytes()), BF16, F32))
     outputs: list[Outputs | None] = []
