@@ -13,10 +13,12 @@ from xform.target import Target
 
 BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (OnnxRuntimeBackend, OpenVinoBackend, TorchTritonBackend)}
 DEFAULT: dict[str, str] = {"cpu": "onnxruntime", "cuda": "torch_triton"}
+FALLBACK: dict[str, str] = {"onnxruntime": "torch_triton"}  # taken where the default one raises a KernelError
 
 __all__ = [
     "BACKENDS",
     "DEFAULT",
+    "FALLBACK",
     "Artifact",
     "Backend",
     "LoadOptions",

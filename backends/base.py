@@ -84,12 +84,14 @@ class Artifact(ABC):
         target: What it was lowered for.
         metadata: JSON-ready facts about it: opset, lowered operators, session options, size.
         choices: What the backend decided and nobody has taken into a report yet; a first run can add to it.
+        notes: What the user should know of how it computes; they become warnings.
     """
 
     backend: str
     target: Target
     metadata: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list, kw_only=True)
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
     def save(self, path: Path) -> list[Path]:

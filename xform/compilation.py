@@ -250,6 +250,7 @@ def _fill(
     report.verification = _verification_report(verification, request)
     rolled_back = [f"pass {p.name} was rolled back: {p.reason}" for p in result.rolled_back]
     report.warnings.extend(dict.fromkeys([*rolled_back, *verification.notes, *captured.meta.get("xform.notes", ())]))
+    report.warnings.extend(compiled.artifact.notes)
     if report.artifact.get("tuning", {}).get("chosen") == INPUT:
         report.warnings.append(
             "nothing ran faster here than the model as it came, so the result is the model as it came"

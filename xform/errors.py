@@ -96,5 +96,19 @@ class TargetError(XformError):
     exit_code = 7
 
 
+class KernelError(TargetError):
+    """A backend has no kernel for an operator in its dtype; another backend may have one.
+
+    Attributes:
+        operator: Its name.
+        node: Original name of the node.
+        dtype: Of its first input, as NumPy calls it.
+    """
+
+    def __init__(self, backend: str, operator: str, node: str, dtype: str, *, hint: str | None = None) -> None:
+        self.operator, self.node, self.dtype = operator, node, dtype
+        super().__init__(f"{backend} has no kernel for {operator} in {dtype}", where=node, hint=hint)
+
+
 class OutputError(UsageError):
     """The result could not be written: no rights, no space, not a folder."""

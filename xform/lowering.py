@@ -134,7 +134,7 @@ def without_what_does_not_load(plan: Plan, error: TargetError) -> Lowered:
     while not plan.request.strict:
         culprit = _first_that_does_not_load(plan, kept)
         if culprit is None:
-            raise _explained(error, plan)
+            raise error
         undone.append((kept.pop(culprit), f"what it makes does not load: {last.what}"))
         found = plan.run(kept)
         refuse_failed(found.verification, "the optimized graph differs from the original")
@@ -150,14 +150,6 @@ def without_what_does_not_load(plan: Plan, error: TargetError) -> Lowered:
             found.passes.append(PassReport(one.name, one.fidelity, "rolled_back", reason=reason))
         return Lowered(found.model, plan.request.backend, artifact, found)
     raise error
-
-
-def _explained(error: TargetError, plan: Plan) -> TargetError:
-    """The runtime's refusal of the model as it came, with what to do about it."""
-    if "NOT_IMPLEMENTED" not in error.what or plan.request.backend.name != "onnxruntime":
-        return error
-    hint = "ONNX Runtime has no kernel for this operator in this dtype: use backend='torch_triton', or float32"
-    return TargetError(error.what, where=error.where, hint=hint)
 
 
 def _first_that_does_not_load(plan: Plan, passes: Sequence[Pass]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from xform.backends.onnxruntime.available import PROVIDERS
-from xform.errors import TargetError
+from xform.errors import KernelError, TargetError
 
+_NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)\(\d+\) node with name '(?P<node>[^']*)'")
+_WITHOUT_KERNEL = "leave backend out or use backend='torch_triton', or convert the model to float32"
 _LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where shape inference reads them
 
 
@@ -69,7 +72,8 @@ def open_session(model: ir.Model, settings: SessionSettings) -> tuple[Any, list[
     """A session, and the arrays that it reads its weights from and that must outlive it.
 
     Raises:
-        TargetError: ONNX Runtime refuses the graph.
+        KernelError: ONNX Runtime lacks a kernel.
+        TargetError: It refuses the graph for another reason.
     """
     proto, lent = _serialize(model)
     options = settings.options()
@@ -79,11 +83,26 @@ def open_session(model: ir.Model, settings: SessionSettings) -> tuple[Any, list[
     try:
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=list(PROVIDERS))
     except Exception as error:
+        missing = _NO_KERNEL.search(str(error))
+        if missing is not None:
+            dtype = _dtype_of(model, missing["op"], missing["node"])
+            raise KernelError("ONNX Runtime", missing["op"], missing["node"], dtype, hint=_WITHOUT_KERNEL) from error
         raise TargetError(
             f"ONNX Runtime {ort.__version__} cannot load the lowered graph: {_first_line(error)}",
             hint="run `xform inspect` on the saved result, or install a newer onnxruntime",
         ) from error
     return session, list(lent.values())
+
+
+def _dtype_of(model: ir.Model, operator: str, name: str) -> str:
+    """Dtype of the first input of the node that ONNX Runtime names; nodes that its own fusions made are not there."""
+    named = [n for n in model.graph.all_nodes() if n.op_type == operator and n.name == name]
+    values = [v for n in named for v in n.inputs if v is not None]
+    values = values or [*model.graph.inputs, *model.graph.outputs]
+    dtypes = [v.dtype for v in values if v.dtype is not None]
+    if not dtypes:
+        return "an unknown dtype"
+    return "string" if dtypes[0] is ir.DataType.STRING else str(dtypes[0].numpy())
 
 
 def _serialize(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:

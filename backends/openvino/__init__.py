@@ -113,7 +113,14 @@ class OpenVinoBackend:
             "precision": options.precision,
         }
         return OpenVinoArtifact(
-            self.name, target, metadata, choices=choices, model=model, group=group, precision=precision
+            self.name,
+            target,
+            metadata,
+            choices=choices,
+            notes=_notes(graph),
+            model=model,
+            group=group,
+            precision=precision,
         )
 
     def load(self, artifact: Artifact, options: LoadOptions) -> OpenVinoRunner:
@@ -129,6 +136,13 @@ class OpenVinoBackend:
         settings = settings_for(threads, artifact.group, artifact.precision)
         artifact.metadata["session"] = settings
         return OpenVinoRunner(compile_model(artifact.model, settings), artifact.model)
+
+
+def _notes(graph: ir.Model) -> list[str]:
+    values = (value for node in graph.graph.all_nodes() for value in node.outputs)
+    if any(value.dtype is ir.DataType.DOUBLE for value in values):
+        return ["OpenVINO computes float64 in float32; for float64 leave backend out, or use backend='torch_triton'"]
+    return []
 
 
 def _refuse_dtypes(graph: ir.Model) -> None:

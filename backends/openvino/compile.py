@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xform.backends.openvino.runner import OpenVinoRunner
 
 
+_ELSEWHERE = "leave backend out, or use backend='torch_triton', which runs every dtype"
 PRECISION_SETTING = "INFERENCE_PRECISION_HINT"
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -54,7 +55,7 @@ def read_model(model: ir.Model, folder: Path) -> Any:
     except RuntimeError as error:
         raise TargetError(
             f"OpenVINO {ov.__version__.split('-')[0]} cannot read the lowered graph: {_reason(error)}",
-            hint="use backend='onnxruntime'",
+            hint=_ELSEWHERE,
         ) from error
 
 
@@ -70,7 +71,7 @@ def compile_model(model: ir.Model, settings: dict[str, Any]) -> Any:
             return ov.Core().compile_model(read, "CPU", settings)
         except RuntimeError as error:
             raise TargetError(
-                f"OpenVINO cannot compile the lowered graph: {_reason(error)}", hint="use backend='onnxruntime'"
+                f"OpenVINO cannot compile the lowered graph: {_reason(error)}", hint=_ELSEWHERE
             ) from error
 
 

@@ -10,10 +10,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from support import parse
 
 import xform
 from xform.backends import Artifact, LoadOptions, LowerOptions, get_backend
-from xform.errors import TargetError, UsageError
+from xform.errors import KernelError, TargetError, UsageError
 from xform.target import Target
 
 ov = pytest.importorskip("openvino")
@@ -106,3 +107,22 @@ def test_a_transformer_block_gives_the_same_numbers() -> None:
         torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
     assert fast.report.backend == "openvino"
     assert fast.report.artifact["session"]["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_float64_is_told_to_be_computed_in_float32() -> None:
+    model = parse("g (double[N,4] x) => (double[N,4] y) { y = Tanh(x) }")
+    with pytest.warns(xform.XformWarning, match="computes float64 in float32"):
+        result = xform.optimize(ir.to_proto(model), backend="openvino", verify="off")
+    assert any("float64" in warning for warning in result.report.warnings)
+
+
+def test_bfloat16_is_refused_with_a_backend_that_runs_it() -> None:
+    model = parse("g (bfloat16[N,4] x) => (bfloat16[N,4] y) { y = Erf(x) }")
+    with pytest.raises(TargetError) as openvino:
+        xform.optimize(ir.to_proto(model), backend="openvino")
+    with pytest.raises(KernelError, match="no kernel for Erf in bfloat16") as runtime:
+        xform.optimize(ir.to_proto(model), backend="onnxruntime")
+    assert runtime.value.operator == "Erf" and runtime.value.dtype == "bfloat16"
+    for error in (openvino.value, runtime.value):
+        assert "torch_triton" in (error.hint or "") and "onnxruntime" not in (error.hint or "")
+    assert xform.optimize(ir.to_proto(model), backend="torch_triton").report.verification.passed

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
 
-from xform.backends import get_backend
+from xform.backends import FALLBACK, get_backend
 from xform.compilation import Compiled, Request, compile_graph
-from xform.errors import TargetError
+from xform.errors import KernelError
 from xform.progress import Bar
 from xform.tell import tell
 
 _LOG = logging.getLogger("xform")
-_NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)\(\d+\) node with name '(?P<node>[^']*)'")
-_FALLBACK = "torch_triton"
 
 
 def compile_and_tell(captured: ir.Model, request: Request, notes: list[str], **options: Any) -> Compiled:
@@ -53,29 +50,15 @@ def _compiled(captured: ir.Model, request: Request, options: dict[str, Any]) -> 
     """What was compiled, and in words why with another backend than the default one, if so."""
     try:
         return compile_graph(captured, request, **options), []
-    except TargetError as error:
-        kernel = _NO_KERNEL.search(error.what)
-        if kernel is None:
+    except KernelError as error:
+        other = FALLBACK.get(request.backend.name)
+        if (
+            other is None
+            or request.only_this_backend
+            or request.lowering.opset is not None
+            or request.lowering.portable
+        ):
             raise
-        what = f"ONNX Runtime has no kernel for {kernel['op']} in {_dtypes(captured)}"
-        if request.only_this_backend or not _may_change(request):
-            hint = f'leave backend out or use backend="{_FALLBACK}", or convert the model to float32'
-            raise TargetError(what, where=kernel["node"] or (), hint=hint) from error
-        told = f"{what}, so backend {_FALLBACK!r} was taken instead of {request.backend.name!r}"
-        return compile_graph(captured, _elsewhere(request), **options), [told]
-
-
-def _may_change(request: Request) -> bool:
-    return request.lowering.opset is None and not request.lowering.portable and request.backend.name == "onnxruntime"
-
-
-def _elsewhere(request: Request) -> Request:
-    backend = get_backend(_FALLBACK, request.target, compile_only=request.lowering.compile_only)
-    return replace(request, backend=backend, only_this_backend=True)
-
-
-def _dtypes(model: ir.Model) -> str:
-    """The float dtypes of a model's inputs, outputs and weights that are not float32, in words."""
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    found = {v.dtype.name.lower() for v in values if v.dtype is not None and v.dtype.is_floating_point()}
-    return " and ".join(sorted(found - {"float"})) or "float32"
+        told = f"{error.what}, so backend {other!r} was taken instead of {request.backend.name!r}"
+        backend = get_backend(other, request.target, compile_only=request.lowering.compile_only)
+        return compile_graph(captured, replace(request, backend=backend, only_this_backend=True), **options), [told]

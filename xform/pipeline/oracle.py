@@ -32,6 +32,7 @@ Oracle = Callable[[Inputs], Mapping[str, Any] | Sequence[Any]]
 LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where the runtime's shape inference can read them
 _MAX_IR_VERSION = 10  # ONNX Runtime refuses files stamped newer than it knows; the stamp itself changes nothing
 _THREADS = 2
+_ABORT_ON_NOTHING = frozenset({"GRU", "LSTM"})  # of an empty batch or sequence; not an exception: std::terminate
 _NEWEST_OPSET = re.compile(r"official support for domain ai\.onnx is till opset (\d+)")
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?=\w)")
 # dtypes that NumPy lacks cross the boundary as float32 through a Cast that is exact
@@ -100,6 +101,7 @@ class Session:
         self._casts = _widen_interface_names(proto)
         self._brought = sum(array.nbytes for array in lent.values())
         self._lent = lent  # the runtime reads this memory for as long as the session lives
+        self._fatal = sorted(_operators(proto) & _ABORT_ON_NOTHING)
         timeout = isolation_timeout()
         try:
             if timeout is not None:
@@ -122,6 +124,10 @@ class Session:
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
         arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+        if self._fatal and self._child is None and any(array.size == 0 for array in arrays.values()):
+            raise CouldNotRunError(
+                f"{' and '.join(self._fatal)} of ONNX Runtime would end the process on an empty input"
+            )
         brought = self._brought + fed_bytes(arrays)
         if self._model is not None:
             check_sizes(self._model, {name: array.shape for name, array in arrays.items()}, brought)
@@ -314,6 +320,18 @@ def _downgraded(model: ir.Model, opset: int) -> ir.Model:
     except ModelError as error:
         raise CouldNotRunError(f"ONNX Runtime knows opsets up to {opset}: {error.what}", where=error.where) from error
     return copy
+
+
+def _operators(proto: onnx.ModelProto) -> set[str]:
+    """The operators of a model, those of branches, loops and functions too."""
+    found: set[str] = set()
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while nodes:
+        node = nodes.pop()
+        found.add(node.op_type)
+        for held in node.attribute:
+            nodes.extend(inner for graph in (held.g, *held.graphs) for inner in graph.node)
+    return found
 
 
 def _first_line(error: Exception) -> str:
