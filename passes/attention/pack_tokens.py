@@ -254,7 +254,7 @@ class _Rewrite:
         order = build.op("Sub", count, build.constant(np.array(1)))
         inverse = build.op("Where", flat, order, build.constant(np.array(0)))
         shape = build.op("Shape", given)
-        inverse = build.op("Reshape", inverse, shape)
+        inverse = build.op("Reshape", inverse, shape, allowzero=1)  # a mask of no tokens too
         inverse.shape = ir.Shape(self.padding.dims)
         self._insert(anchor, build)
         return rows, inverse
