@@ -46,6 +46,11 @@ def vector(build: Builder, parts: Sequence[Part]) -> ir.Value | list[int]:
     return build.op("Concat", *pieces, axis=0) if len(pieces) > 1 else pieces[0]
 
 
+def same(first: int, last: int) -> list[slice]:
+    """The axes from `first` up to `last`, as `Builder.reshape` takes axes that stay what they are."""
+    return [slice(axis, axis + 1) for axis in range(first, last)]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How operands of one rank become four axes.
@@ -71,10 +76,10 @@ class Layout:
             return unfolded.build(build)
         value = given.build(build)
         if given.rank == 5:
-            return build.op("Reshape", value, vector(build, [-1, *(dim(value, i) for i in (2, 3, 4))]))
+            return build.reshape(value, slice(0, 2), *same(2, 5))
         if self.heads is None:
             return build.op("Unsqueeze", value, [1])
-        return build.op("Reshape", value, vector(build, [-1, self.heads, dim(value, 1), dim(value, 2)]))
+        return build.reshape(value, (slice(0, 1), self.heads), self.heads, *same(1, 3))
 
     def lower(self, build: Builder, value: ir.Value, values: Operand) -> ir.Value:
         """The result with four axes in the rank of `values`, the operand of the second product."""
@@ -84,11 +89,10 @@ class Layout:
             return build.op("Squeeze", value, [0, 1])
         if values.rank == 3 and self.heads is None:
             return build.op("Squeeze", value, [1])
-        tail = [dim(value, 2), dim(value, 3)]
         if values.rank == 3:
-            return build.op("Reshape", value, vector(build, [-1, *tail]))
+            return build.reshape(value, slice(0, 2), *same(2, 4))
         assert self.inner is not None  # `choose` has seen to it
-        return build.op("Reshape", value, vector(build, [-1, self.inner, dim(value, 1), *tail]))
+        return build.reshape(value, (slice(0, 1), self.inner), self.inner, *same(1, 4))
 
     def lift_mask(self, build: Builder, mask: ir.Value, view: tuple[Dim, ...] | None, queries: ir.Value) -> ir.Value:
         """[batch or 1, heads or 1, queries or 1, keys or 1] of a mask that broadcasts against logits of this rank.
@@ -107,7 +111,8 @@ class Layout:
         if rank == 3 and shape[0] == 1:
             return build.op("Unsqueeze", mask, [0])
         if rank == 3:
-            return build.op("Reshape", mask, vector(build, [-1, self.heads or 1, dim(mask, 1), dim(mask, 2)]))
+            heads = self.heads or 1
+            return build.reshape(mask, (slice(0, 1), heads), heads, *same(1, 3))
         if rank <= 4:
             return mask
         if shape[0] == shape[1] == 1:
@@ -117,14 +122,13 @@ class Layout:
     def _merged(self, build: Builder, mask: ir.Value, queries: ir.Value) -> ir.Value:
         """A mask [A or 1, inner or 1, h, s, t] as [A * inner, h, s, t]."""
         assert self.inner is not None  # `choose` has seen to it
-        batch = dim(queries, 0)
+        batch = (shape_of(queries) or (None,))[0]
         if isinstance(batch, int):
             target: ir.Value | list[int] = [batch // self.inner, self.inner, 1, 1, 1]
         else:
             outer = build.op("Div", build.op("Shape", queries, start=0, end=1), [self.inner])
             target = build.op("Concat", outer, [self.inner, 1, 1, 1], axis=0)
-        tail = [dim(mask, i) for i in (2, 3, 4)]
-        return build.op("Reshape", build.op("Expand", mask, target), vector(build, [-1, *tail]))
+        return build.reshape(build.op("Expand", mask, target), slice(0, 2), *same(2, 5))
 
 
 def choose(core: Core) -> Layout | Failure:

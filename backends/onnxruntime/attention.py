@@ -352,7 +352,10 @@ def _deliver(
     if rank_of(output) == 3:
         site.replace([(output, merged)], form)
         return
-    split = site.op("Reshape", merged, emitter.ints(0, 0, heads, head_size))
+    split = site.typed(site.op("Reshape", merged, emitter.ints(0, 0, heads, head_size)), output)
+    shape = shape_of(output)
+    if shape is not None:  # what reads it writes its dims down, for empty batches
+        split.shape = ir.Shape((shape[0], shape[2], heads, head_size))
     reader = next(iter(output.uses())).node if used_once(output) else None
     if reader is not None and reader.graph is site.graph and _is_head_split(reader.outputs[0]):
         emitter.at(reader).replace([(reader.outputs[0], split)], "head merge absorbed")

@@ -192,12 +192,13 @@ def _sequences(site: Site, valid: ir.Value, rows: ir.Value, places: ir.Value) ->
         zero = site.emitter.constant(0, ir.DataType.INT64, "zero")
         sizes = site.op("Shape", places)
         length = site.op("Slice", sizes, ints(1), ints(2))
-        tokens = site.op("Cast", site.op("Reshape", valid, sizes), to=ir.DataType.INT64)
+        tokens = site.op("Cast", site.op("Reshape", valid, sizes, allowzero=1), to=ir.DataType.INT64)
         lengths = site.op("ReduceSum", tokens, ints(1), keepdims=1)
         # ONNX Runtime's fused products die (SIGFPE) on tensors without elements: leave out sequences without tokens
         which = site.op("Reshape", site.op("NonZero", site.op("Reshape", lengths, ints(-1))), ints(-1))
         ends = site.op("CumSum", lengths, zero)
         first, behind = (site.op("Gather", of_all, which, axis=0) for of_all in (site.op("Sub", ends, lengths), ends))
+        length = site.op("Max", length, ints(1))  # without tokens there are no rows, but Mod still takes it as divisor
         return _Sequences(site.op("Size", which), which, first, behind, site.op("Mod", rows, length))
 
     found: _Sequences = site.emitter.shared(site.graph, ("sequences", valid, rows, places), make)

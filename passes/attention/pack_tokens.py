@@ -46,7 +46,7 @@ from xform.passes.attention.padding import (
     is_layout,
     is_token_wise,
 )
-from xform.passes.attention.probe import Probe, closes_pads, hides
+from xform.passes.attention.probe import Probe, closes_pads, hides, probes
 from xform.rewrite.builder import Builder
 from xform.rewrite.passes import Pass, PassContext
 
@@ -70,22 +70,33 @@ class PackTokens(Pass):
             return False
         if any(is_op(node, "GatherND", "Gather") and _is_packing(node) for node in model.graph):
             return False
-        probe = Probe(padding)
-        readers = _Readers(packed, padding, probe, probe.tokens)
-        offender = readers.offender()
+        kinds = probes(padding)
+        reads_first, offender = False, _offender(packed, padding, kinds, reads_first=False)
         if offender is not None:
-            empty = ~probe.tokens.any(axis=1, keepdims=True)
-            first = np.arange(probe.tokens.shape[1]) == 0
-            readers = _Readers(packed, padding, probe, probe.tokens | first | empty, reads_first=True)
-            offender = readers.offender()
+            reads_first, offender = True, _offender(packed, padding, kinds, reads_first=True)
         if offender is not None:
             reason = f"{offender.op_type} reads rows of pads too, which would hold something else"
             context.remark(self.name, "pack", "missed", (display_name(offender),), reason, _CONCEPT)
             return False
-        _Rewrite(model, padding, self.name, readers.reads_first).run(packed)
+        _Rewrite(model, padding, self.name, reads_first).run(packed)
         names = [display_name(node) for node in packed]
         context.remark(self.name, "pack", "applied", names, f"{len(packed)} operators run on packed tokens", _CONCEPT)
         return True
+
+
+def _offender(
+    packed: Sequence[ir.Node], padding: Padding, kinds: Sequence[Probe], *, reads_first: bool
+) -> ir.Node | None:
+    """A node that would see what stands in the rows of pads under one of the probes."""
+    for probe in kinds:
+        computed = probe.tokens
+        if reads_first:
+            empty = ~probe.tokens.any(axis=1, keepdims=True)
+            computed = computed | empty | (np.arange(computed.shape[1]) == 0)
+        found = _Readers(packed, padding, probe, computed, reads_first).offender()
+        if found is not None:
+            return found
+    return None
 
 
 def _packed_nodes(model: ir.Model, padding: Padding) -> list[ir.Node]:
@@ -254,7 +265,7 @@ class _Rewrite:
         order = build.op("Sub", count, build.constant(np.array(1)))
         inverse = build.op("Where", flat, order, build.constant(np.array(0)))
         shape = build.op("Shape", given)
-        inverse = build.op("Reshape", inverse, shape)
+        inverse = build.op("Reshape", inverse, shape, allowzero=1)  # a mask of no tokens too
         inverse.shape = ir.Shape(self.padding.dims)
         self._insert(anchor, build)
         return rows, inverse

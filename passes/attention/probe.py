@@ -19,6 +19,7 @@ from xform.passes.attention.padding import Padding
 
 CLOSED = -1e4  # a mask as low leaves a key no weight, as logits stay far above it
 _BATCH, _TOKENS = 5, 7  # where they are not fixed
+_KINDS = 4  # of masks: right-padded, left-padded, full, empty
 _MOST_NODES = 256
 _MOST_ELEMENTS = 1 << 24
 
@@ -26,11 +27,14 @@ _MOST_ELEMENTS = 1 << 24
 class Probe:
     """Values under one set of padding masks.
 
+    Args:
+        first: The kind of mask that the first row has; a fixed batch may be too small for all kinds (`probes`).
+
     Attributes:
         tokens: [B, S], true where a token is.
     """
 
-    def __init__(self, padding: Padding) -> None:
+    def __init__(self, padding: Padding, first: int = 0) -> None:
         self._padding = padding
         chosen = zip(padding.dims, (_BATCH, _TOKENS), strict=True)
         self._sizes: dict[Dim, int] = {d: size for d, size in chosen if isinstance(d, str)}
@@ -38,7 +42,7 @@ class Probe:
         rng = np.random.default_rng(0)
         tokens = rng.random((batch, length)) < 0.5
         kinds = [np.arange(length) < (length + 1) // 2, np.arange(length) >= length // 2, np.ones(length, bool)]
-        for row, kind in enumerate([*kinds, np.zeros(length, bool)]):
+        for row, kind in enumerate([*kinds, np.zeros(length, bool)][first:]):
             if row < batch:
                 tokens[row] = kind
         self.tokens = tokens
@@ -110,6 +114,13 @@ class Probe:
         start, end = attribute(node, "start", 0), attribute(node, "end", len(shape))
         kept = [d if isinstance(d, int) else self._sizes.get(d) for d in shape[start:end]]
         return None if None in kept else np.array(kept, np.int64)
+
+
+def probes(padding: Padding) -> list[Probe]:
+    """Probes that show masks of all kinds, however few sequences a fixed batch holds."""
+    batch = padding.dims[0]
+    step = min(batch, _KINDS) if isinstance(batch, int) and batch else _KINDS
+    return [Probe(padding, first) for first in range(0, _KINDS, step)]
 
 
 def closes_pads(mask: ir.Value, probe: Probe, computed: Array, *, for_all: bool) -> bool:

@@ -36,7 +36,8 @@ class RemoveDeadCode(LibraryPass):
 
 def forget_removed(model: ir.Model) -> bool:
     """Drop the uses of the model's values by nodes that are no longer in the model; return whether there were any."""
-    nodes = [n for part in (model.graph, *model.functions.values()) for n in ir.traversal.RecursiveGraphIterator(part)]
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    nodes = [node for part in parts for node in ir.traversal.RecursiveGraphIterator(part)]
     present = set(nodes)
     values = {value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None}
     for graph in model.graphs():

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
+import xform
 from tests.support import declared, ops, parse, run
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.presets import resolve
@@ -75,3 +78,30 @@ def test_a_computed_target_that_merges_what_follows_becomes_flatten() -> None:
     result = run_pipeline(parse(declared(text, constants), constants), resolve("exact"), verify="off").model
     assert ops(result) == ["Flatten"]
     assert run(result, {"x": numbers(0, *shape)})[0].shape == (0, 18)
+
+
+FIVE_AXES = """g (float[N,2,3,4,8] q, float[N,2,3,8,T] k, float[N,2,3,T,8] v) => (float[N,2,3,4,8] y) {
+    a = MatMul(q, k)  p = Softmax<axis = -1>(a)  y = MatMul(p, v) }"""
+CHAINED = """g (float[N,4,1,4] q, float[N,4,4,T] k, float[N,4,T,4] v, float[N,4,4,T] l, float[N,4,T,4] w)
+    => (float[N,4,1,4] y) { a = MatMul(q, k)  p = Softmax<axis = -1>(a)  b = MatMul(p, v)
+    c = MatMul(b, l)  r = Softmax<axis = -1>(c)  y = MatMul(r, w) }"""
+
+
+@pytest.mark.parametrize("sizes", [{"N": 2, "T": 5}, {"N": 0, "T": 5}, {"N": 2, "T": 0}])
+@pytest.mark.parametrize("text", [FIVE_AXES, CHAINED], ids=["five axes", "chained"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_attention_without_keys_or_batch_runs(text: str, portable: bool, sizes: Mapping[str, int]) -> None:
+    _same_as_before(text, sizes, portable=portable)
+
+
+def _same_as_before(text: str, sizes: Mapping[str, int], **options: bool) -> None:
+    model = parse(text)
+    feeds = {}
+    for place, value in enumerate(model.graph.inputs):
+        shape = [sizes[str(d)] if not isinstance(d, int) else d for d in value.shape or ()]
+        feeds[value.name or ""] = numbers(*shape, seed=place)
+    want = run(model, feeds)
+    data = xform.optimize(ir.to_proto(model), verify="off", **options).artifact.to_bytes()
+    got = ort.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)
+    assert got[0].shape == want[0].shape
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)

@@ -81,27 +81,34 @@ class Builder:
         self.nodes.append(node)
         return node.outputs
 
-    def reshape(self, x: ir.Value, *sizes: int | slice) -> ir.Value:
+    def reshape(self, x: ir.Value, *sizes: int | slice | tuple[slice, int]) -> ir.Value:
         """A Reshape that also holds where a named dim of `x` is 0 (`xform.graph.reshape`).
 
         Args:
-            sizes: One entry per new axis: a number, or the axes of `x` whose sizes are multiplied, as a slice.
+            sizes: One entry per new axis: a number; the axes of `x` whose sizes are multiplied, as a slice; or such a
+                slice and a number that divides the product.
         """
         shape = shape_of(x)
         assert shape is not None
-        wanted = [size if isinstance(size, int) else _merged_dim(shape[size]) for size in sizes]
+        wanted = [_wanted(size, shape) for size in sizes]
         target = constant_target(wanted, shape)
         if target is not None:
             return self.op("Reshape", x, target)
-        parts = [[size] if isinstance(size, int) else self._merged_size(x, size, len(shape)) for size in sizes]
+        parts = [
+            [known] if isinstance(known, int) else self._merged_size(x, size, len(shape))
+            for size, known in zip(sizes, wanted, strict=True)
+        ]
         result = self.op("Reshape", x, self.op("Concat", *parts, axis=0), allowzero=1)
         result.shape = ir.Shape(wanted)
         return result
 
-    def _merged_size(self, x: ir.Value, axes: slice, rank: int) -> ir.Value:
+    def _merged_size(self, x: ir.Value, size: int | slice | tuple[slice, int], rank: int) -> ir.Value:
+        axes, divisor = size if isinstance(size, tuple) else (size, 1)
+        assert isinstance(axes, slice)  # numbers are known
         start, end, _ = axes.indices(rank)
         sizes = self.op("Shape", x, start=start, end=end)
-        return sizes if end - start == 1 else self.op("ReduceProd", sizes, keepdims=1)
+        product = sizes if end - start == 1 else self.op("ReduceProd", sizes, keepdims=1)
+        return product if divisor == 1 else self.op("Div", product, [divisor])
 
     def constant(self, array: Array | ir.TensorProtocol, name: str = "constant") -> ir.Value:
         """A new initializer. `name` is a base; a suffix is added where it is taken."""
@@ -148,6 +155,15 @@ class Builder:
             with np.errstate(over="ignore"):
                 return self.constant(np.asarray(given, dtype=like.numpy()))
         return self.constant(np.asarray(given, dtype=np.int64))
+
+
+def _wanted(size: int | slice | tuple[slice, int], shape: Sequence[Dim]) -> Dim:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, slice):
+        return _merged_dim(shape[size])
+    merged = _merged_dim(shape[size[0]])
+    return merged // size[1] if isinstance(merged, int) else None
 
 
 def _merged_dim(dims: Sequence[Dim]) -> Dim:

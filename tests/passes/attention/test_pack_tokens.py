@@ -128,6 +128,16 @@ def test_the_first_token_may_be_read(end: str, shape: str) -> None:
     np.testing.assert_allclose(run(packed(block(end, outputs=shape)), given)[0], expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [0, 3, S], [0, 0, 0]])
+def test_the_first_token_alone_may_ask_of_few_sequences(lengths: Any) -> None:
+    """A sequence without tokens attends to its pads, also where a fixed batch is too small for all kinds of masks."""
+    body = "f = Gather <axis = 1> (x, zeros)" + BLOCK.replace("MatMul(x, wq)", "MatMul(f, wq)")
+    text = {"body": body.replace("Add(x, o)", "Add(f, o)"), "outputs": f"float[{B},1,{C}] y"}
+    given = feeds(lengths)
+    expected = run(block("y = Identity(z)", **text), given)[0]
+    np.testing.assert_allclose(run(packed(block("y = Identity(z)", **text)), given)[0], expected, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("fill", ["lowest", "infinite"])
 def test_the_first_token_of_a_sequence_that_begins_with_a_pad_is_its_own(fill: str) -> None:
     body = BLOCK.replace("lowest", fill)
