@@ -113,6 +113,5 @@ def seconds_to_load(layers: int) -> float:
     return time.process_time() - start
 
 
-def test_loading_a_graph_of_unknown_sizes_takes_time_in_proportion() -> None:
-    seconds_to_load(10)
-    assert seconds_to_load(4000) < 8 * min(seconds_to_load(1000) for _ in range(3)) + 0.2
+def test_a_large_graph_of_unknown_sizes_loads_at_once() -> None:
+    assert seconds_to_load(4000) < 10  # 0.3 s; a minute where the runtime plans what memory to reuse
