@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 
 from xform import LimitError, UsageError, limits
@@ -33,3 +34,12 @@ def test_limits_hold_inside_and_for_one_thread() -> None:
 def test_wrong_limits_are_usage_errors(given: object, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         limits.limits_of(given)  # type: ignore[arg-type]
+
+
+def test_inputs_that_the_user_gave_earn_memory_however_large_they_are() -> None:
+    batch, base = np.zeros((64, 3, 224, 224), np.float32), limits.Limits().memory
+    assert limits.earned_by({"x": batch}).memory == base + 16 * batch.nbytes
+    assert limits.earned_by([{"x": batch[:1]}, {"x": batch}]).memory == base + 16 * batch.nbytes
+    assert limits.earned_by(None) == limits.Limits()
+    with limits.limited(limits.limits_of({"memory": 10})):
+        assert limits.earned_by({"x": np.zeros(1)}).memory == 10 + 16 * 8

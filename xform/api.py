@@ -19,7 +19,7 @@ from xform.capture.input_shapes import InputShapes
 from xform.capture.onnx_file import capture_onnx
 from xform.compilation import Request
 from xform.errors import UsageError, XformError
-from xform.limits import Limits, limited
+from xform.limits import Limits, earned_by, limited
 from xform.optimized import LoadedModel, Optimized, OptimizedGraph, OptimizedModule, call_arguments, load
 from xform.optimized.compiling import compile_and_tell
 from xform.optimized.weights import FileWeights
@@ -147,15 +147,16 @@ def _optimize_onnx(
     cases = onnx_inputs(captured, inputs, dynamic)
     seconds = time.perf_counter() - start
     try:
-        compiled = compile_and_tell(
-            captured,
-            request,
-            [],
-            source=source,
-            inputs=cases,
-            oracle=OriginalModel(model),
-            capture_seconds=seconds,
-        )
+        with limited(earned_by(cases)):
+            compiled = compile_and_tell(
+                captured,
+                request,
+                [],
+                source=source,
+                inputs=cases,
+                oracle=OriginalModel(model),
+                capture_seconds=seconds,
+            )
     except XformError:
         raise
     except Exception as error:

@@ -118,6 +118,22 @@ def limits_of(given: Mapping[str, float] | Limits | None) -> Limits:
     return replace(_DEFAULT, **numbers)
 
 
+def earned_by(inputs: object) -> Limits:
+    """The limits in force, raised by what inputs that the user gave earn: no model can declare those.
+
+    Args:
+        inputs: One set of arrays by name, or a list of sets, of which the largest counts; anything else earns nothing.
+    """
+    sets = [inputs] if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list) else []
+    given = max((sum(_nbytes(v) for v in one.values()) for one in sets if isinstance(one, Mapping)), default=0)
+    now = current()
+    return replace(now, memory=int(now.memory + EARNED["memory"] * given))
+
+
+def _nbytes(value: object) -> int:
+    return int(getattr(value, "nbytes", 0))
+
+
 @contextlib.contextmanager
 def limited(limits: Limits) -> Iterator[None]:
     """Put limits in force, for this thread, inside."""

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import xform
 from xform.errors import LimitError
+from xform.pipeline.oracle import Session
 
 F, I64, B = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 node, info = helper.make_node, helper.make_tensor_value_info
@@ -90,3 +91,27 @@ def test_runs_of_several_threads_do_not_take_each_others_memory() -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def of_unknown_sizes(layers: int) -> onnx.ModelProto:
+    """Sums of values whose sizes nobody writes down, each read once more a layer later."""
+    nodes = []
+    for layer in range(layers):
+        nodes.append(node("Sigmoid", [f"v{layer}"], [f"s{layer}"]))
+        nodes.append(node("Add", [f"s{layer}", "x"], [f"v{layer + 1}"]))
+    nodes[0].input[0] = "x"
+    inputs, outputs = [info("x", F, [None, None])], [info(f"v{layers}", F, [None, None])]
+    return helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
+
+
+def seconds_to_load(layers: int) -> float:
+    proto = of_unknown_sizes(layers)
+    start = time.process_time()
+    Session(proto).close()
+    return time.process_time() - start
+
+
+def test_a_large_graph_of_unknown_sizes_loads_at_once() -> None:
+    assert seconds_to_load(4000) < 10  # 0.3 s; a minute where the runtime plans what memory to reuse

@@ -102,6 +102,7 @@ def _reason(proto: onnx.ModelProto) -> str | None:
     proto.ir_version = min(proto.ir_version, _MAX_IR_VERSION)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_reuse = False  # planning it is quadratic where sizes are unknown; values are freed either way
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:

@@ -23,7 +23,7 @@ from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.compilation import Compiled, Request
 from xform.errors import UsageError, VerificationError
 from xform.forks import settle
-from xform.limits import limited
+from xform.limits import earned_by, limited
 from xform.optimized.base import Optimized
 from xform.optimized.calls import call_arguments, module_oracle, verification_inputs
 from xform.optimized.compiling import compile_and_tell
@@ -193,7 +193,7 @@ class OptimizedModule(Optimized):
         seconds = time.perf_counter() - start
         example = {name: tensor.detach().clone() for name, tensor in captured.flatten(args, kwargs).items()}
         notes = list(self._notes(captured, reason))
-        with limited(self._request.limits):
+        with limited(self._request.limits), limited(earned_by(example)):
             compiled = compile_and_tell(
                 captured.model,
                 self._request,

@@ -58,6 +58,7 @@ def serve(path: str, threads: int) -> None:
     """Load the file and answer until stdin ends."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_reuse = False  # planning it is quadratic where sizes are unknown; values are freed either way
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4

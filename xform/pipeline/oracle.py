@@ -162,6 +162,7 @@ def _in_process(
     """A session, and whether it allocates in the bounded arena."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_reuse = False  # planning it is quadratic where sizes are unknown; values are freed either way
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
