@@ -188,5 +188,5 @@ def check_names(feeds: Mapping[str, Any], inputs: Sequence[str], required: Seque
     missing = [name for name in required if name not in feeds]
     unknown = [name for name in feeds if name not in inputs]
     if missing or unknown:
-        what = f"input {missing[0]!r} is missing" if missing else f"the model has no input named {unknown[0]!r}"
+        what = f"the model has no input named {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
         raise UsageError(what, hint=f"its inputs are: {', '.join(inputs) or 'none'}")

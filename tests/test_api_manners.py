@@ -50,6 +50,21 @@ def test_it_can_be_printed(fast: OptimizedModule, module: nn.Sequential) -> None
     assert fast._repr_html_().startswith("<table>") and fast.report._repr_html_() == fast._repr_html_()
 
 
+def test_a_report_shows_whole_warnings_and_says_what_was_verified_on(fast: OptimizedModule) -> None:
+    report = copy.copy(fast.report)
+    report.warnings = ["a warning of xform. " * 15]
+    assert report.warnings[0] in str(report) and report.warnings[0] in report._repr_html_()
+    verified = next(line for line in str(fast.report).splitlines() if "verified" in line)
+    assert "derived from them" not in verified and "input" in verified
+
+
+def test_save_names_all_files_in_the_same_way(
+    fast: OptimizedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fast.save("m.onnx", report=True) == [tmp_path / "m.onnx", tmp_path / "m.report.json"]
+
+
 def test_names_from_a_model_cannot_reach_a_notebook_as_html(fast: OptimizedModule) -> None:
     report = copy.copy(fast.report)
     report.source = "<script>\x1b[31m"

@@ -115,6 +115,7 @@ def test_tensors_in_give_tensors_out(optimized: OptimizedGraph) -> None:
     ("args", "kwargs", "message"),
     [
         ((), {}, "'x' is missing"),
+        ((), {"z": 0}, "no input named 'z'"),  # what was mistyped, rather than what is missing for it
         ((), {"x": 0, "skip": 0, "other": 0}, "no input named 'other'"),
         ((0, 0, 0), {}, "3 inputs were given, the model takes 2"),
         ((0,), {"x": 0, "skip": 0}, "'x' was given twice"),
@@ -227,7 +228,7 @@ def test_wrong_arguments_are_refused(options: dict[str, Any], error: type[Except
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot optimize a int"):
+    with pytest.raises(UsageError, match="cannot optimize an object of type int"):
         xform.optimize(7)  # type: ignore[arg-type]
     with pytest.raises(ModelError):
         xform.optimize(tmp_path / "missing.onnx")

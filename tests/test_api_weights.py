@@ -159,6 +159,20 @@ def test_save_refuses_a_mix_of_old_and_new_weights(through_data: bool, tmp_path:
     assert "optimize" in (caught.value.hint or "") and not list(tmp_path.iterdir())
 
 
+def test_save_refuses_when_a_weight_that_is_transposed_lazily_has_changed(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    ).eval()
+    fast = xform.optimize(module)
+    fast(torch.randn(2, 3, 9, 9))
+    with torch.no_grad():
+        module[4].weight.mul_(2)
+    with pytest.raises(xform.VerificationError, match="changed after"):
+        fast.save(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_save_refuses_when_external_weights_changed_on_disk(tmp_path: Path) -> None:
     weight = onnx.numpy_helper.from_array(torch.randn(64, 64).numpy(), "w")
     graph = onnx.helper.make_graph(

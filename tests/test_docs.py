@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import typer.main
 from support import floats, parse, run
 
+import xform
 from xform.cli import _build_app
 from xform.passes import PASSES
 from xform.pipeline.presets import PRESETS
@@ -62,6 +64,12 @@ def test_every_option_of_every_command_is_documented() -> None:
                 if option.startswith("--") and not common and option not in section[1]:
                     missing.append(f"{name} {option}")
     assert missing == []
+
+
+def test_every_parameter_of_optimize_is_documented() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    missing = [name for name in inspect.signature(xform.optimize).parameters if f"| `{name}` |" not in text]
+    assert missing == ["model"]  # the sentence above the table
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

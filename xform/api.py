@@ -67,7 +67,7 @@ def optimize(
     Args:
         model: A torch module, ExportedProgram or GraphModule; or an ONNX model as path, bytes, ModelProto or
             `onnx_ir.Model`. It is left as it is.
-        target: "cpu", "cuda", "edge", "edge:aarch64", ..., or a Target.
+        target: "cpu", "cuda", or a Target.
         inputs: Example inputs. For a module, its arguments: one tensor, a tuple (positional), a dict (by keyword), or a
             pair of both; without them it is captured at the first call. For an ONNX model, arrays by name (or a list of
             such dicts, or arrays in order): what is verified on, instead of random numbers.
@@ -126,7 +126,7 @@ def optimize(
         return _optimize_module(model, request, inputs, dynamic)
     if not isinstance(model, str | os.PathLike | bytes | onnx.ModelProto | ir.Model):
         raise UsageError(
-            f"cannot optimize a {type(model).__name__}",
+            f"cannot optimize an object of type {type(model).__name__}",
             hint="give a torch module or ExportedProgram, or an ONNX model as path, bytes, ModelProto or onnx_ir.Model",
         )
     with limited(request.limits):

@@ -40,7 +40,7 @@ class Target:
             return text
         kind, _, arch = text.partition(":")
         if kind not in KINDS:
-            raise UsageError(f"unknown target {text!r}", hint=f"use one of {', '.join(KINDS)}, or edge:<arch>")
+            raise UsageError(f"unknown target {text!r}", hint="use cpu or cuda")
         if arch and kind != "edge":
             raise UsageError(f"target {kind!r} takes no architecture, got {text!r}", hint="use edge:<arch>")
         return Target(kind, arch or None)

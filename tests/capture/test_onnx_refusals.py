@@ -1,4 +1,4 @@
-"""What is no ONNX model, or a broken or unusual one: refused by name, or repaired and said."""
+"""What is not an ONNX model, or a broken or unusual one: refused by name, or repaired and said."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def zipped(*names: str) -> bytes:
     ("data", "words"),
     [
         (b"", "empty"),
-        (b"\xff" * 100, "no ONNX model"),
-        (b"hello, this is text", "no ONNX model"),
+        (b"\xff" * 100, "not an ONNX model"),
+        (b"hello, this is text", "not an ONNX model"),
         (b"<!DOCTYPE html>", "HTML"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         (zipped("archive/data.pkl", "archive/version"), "PyTorch checkpoint"),

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from xform.cli.common import parse_dynamic, parse_sizes, read_inputs, split_names
-from xform.cli.pass_options import convert, parse_settings
+from xform.cli.pass_options import convert, option_type, parse_settings
 from xform.errors import UsageError
 from xform.passes import PASSES
 from xform.rewrite.passes import Pass, PassContext
@@ -139,3 +139,10 @@ def test_inputs_that_cannot_be_read_are_a_usage_error(tmp_path: Path, write: Any
     write(path)
     with pytest.raises(UsageError, match=r"numpy\.savez"):
         read_inputs(path)
+
+
+@pytest.mark.parametrize("option", ["name", "fidelity", "foo"])
+def test_what_belongs_to_the_class_of_a_pass_is_not_an_option(option: str) -> None:
+    with pytest.raises(UsageError, match=f"has no option '{option}'") as caught:
+        option_type("raise_gelu", option)
+    assert caught.value.hint == "it has no options"

@@ -69,7 +69,7 @@ def parse_bytes(data: bytes, *, where: str = "bytes") -> onnx.ModelProto:
         raise ModelError("the model file is empty (0 bytes)", where=where, hint="export or download it again")
     known = identify(data)
     if known is not None:
-        raise ModelError(f"this is no ONNX model but {known[0]}", where=where, hint=known[1])
+        raise ModelError(f"this is not an ONNX model but {known[0]}", where=where, hint=known[1])
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
@@ -82,12 +82,12 @@ def parse_bytes(data: bytes, *, where: str = "bytes") -> onnx.ModelProto:
                 hint="export or download it again",
             ) from error
         raise ModelError(
-            "this is no ONNX model: it does not parse as a protobuf",
+            "this is not an ONNX model: it does not parse as a protobuf",
             where=where,
             hint="the file is damaged, or of another format",
         ) from error
     if not proto.HasField("graph"):
-        what = "no ONNX model: a protobuf without a graph" if proto.ListFields() else "no ONNX model"
+        what = "not an ONNX model: a protobuf without a graph" if proto.ListFields() else "not an ONNX model"
         raise ModelError(f"this is {what}", where=where, hint="the file is truncated, or of another format")
     return proto
 

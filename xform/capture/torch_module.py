@@ -305,7 +305,8 @@ def _narrower(
     for name in sorted(open_ended):
         low, high = captured.dim_ranges.get(name, (1, None))
         if high is not None or low > 2:
-            yield f"dim {name!r} takes the sizes {low} to {'any' if high is None else high}, no others"
+            allowed = f"{low} and more" if high is None else f"{low} to {high}"
+            yield f"dim {name!r} takes the sizes {allowed}, no others"
 
 
 def _attempt(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from xform.cli.common import closest, split_names
@@ -46,7 +47,7 @@ def option_type(pass_name: str, option: str) -> Any:
     if pass_name not in PASSES:
         raise UsageError(f"unknown pass {pass_name!r}", hint=closest(pass_name, PASSES))
     hints = get_type_hints(PASSES[pass_name])
-    known = [name for name in getattr(PASSES[pass_name], "__dataclass_fields__", {}) if name in hints]
+    known = [field.name for field in fields(PASSES[pass_name])] if is_dataclass(PASSES[pass_name]) else []
     if option not in known:
         hint = closest(option, known) if known else "it has no options"
         raise UsageError(f"pass {pass_name!r} has no option {option!r}", hint=hint)

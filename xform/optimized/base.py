@@ -78,7 +78,7 @@ class Optimized(ABC):
                 verified.
         """
         self._check_unchanged()
-        target = Path(path)
+        target = Path(path).absolute()
         check_suffix(target, self.artifact.backend)
         beside = [report_path(target)] if report else []
         refuse_overwriting([target, *beside], sources(self.graph))

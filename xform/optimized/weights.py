@@ -132,6 +132,8 @@ def _samples(tensors: dict[str, torch.Tensor]) -> Iterator[Sample]:
 class SharedWeights:
     """The initializers of a lowered graph whose memory is the module's, with checksums.
 
+    A lazy tensor (a transposed weight, say) is computed from the module's memory when it is written, so it counts too.
+
     Args:
         lowered: The graph that would be written; None where the artifact has none.
         module: The module.
@@ -141,7 +143,7 @@ class SharedWeights:
         owned = _storages(module)
         values = () if lowered is None else [v for graph in lowered.graphs() for v in graph.initializers.values()]
         named = {v.name or "": v.const_value for v in values if v.const_value is not None}
-        self._tensors = {name: tensor for name, tensor in named.items() if _is_in(tensor, owned)}
+        self._tensors = {name: t for name, t in named.items() if isinstance(t, ir.LazyTensor) or _is_in(t, owned)}
         self._sums = {name: _checksum(tensor) for name, tensor in self._tensors.items()}
 
     def check(self) -> None:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from xform.report.schema import Report
 
 _LINES = 10
-_WIDTH = 160  # characters of one line
+_WIDTH = 160  # characters of a heading
+_VALUE = 1000  # of what is said about one thing: enough for the longest warning of xform itself
 
 
 def verdict(report: Report) -> str:
@@ -42,7 +43,7 @@ def as_text(report: Report) -> str:
     """At most ten lines."""
     from xform.report.terminal import headline
 
-    rows = [f"  {name:9s}{shown(value, _WIDTH)}" for name, value in lines(report)]
+    rows = [f"  {name:9s}{shown(value, _VALUE)}" for name, value in lines(report)]
     return "\n".join([shown(headline(report), _WIDTH), *rows])
 
 
@@ -51,7 +52,7 @@ def as_html(report: Report) -> str:
     from xform.report.terminal import headline
 
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(shown(value, 4 * _WIDTH))}</td></tr>"
+        f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(shown(value, _VALUE))}</td></tr>"
         for name, value in lines(report)
     )
     return f"<table><caption>{escape(shown(headline(report), _WIDTH))}</caption>{rows}</table>"

@@ -166,7 +166,7 @@ def verification_text(report: Report) -> str:
 
 def verified_on(outcome: VerificationReport) -> str:
     """` on 3 given and 4 random inputs (batch: 1, 2; 4 mask styles), 2 of 2 branches`; empty if nothing was."""
-    kinds = [(outcome.given, "given"), (outcome.derived, "derived from them"), (outcome.random, "random")]
+    kinds = [(outcome.given, "given"), (outcome.derived, "derived"), (outcome.random, "random")]
     counts = [f"{number} {kind}" for number, kind in kinds if number]
     if not counts:
         return ""
