@@ -19,50 +19,24 @@ from xform.graph.shapes import infer_shapes
 from xform.rewrite.passes import Pass, PassContext
 from xform.rewrite.remarks import RemarkLog
 
-SETTLED = (
-    "propagate_constants",
-    "deduplicate_initializers",
-    "eliminate_common_subexpressions",
-    "remove_dead_code",
-    "raise_linear",
-    "raise_layer_norm",
-    "raise_rms_norm",
-    "widen_norm_statistics",
-    "raise_gelu",
-    "raise_activation",
-    "raise_softmax",
-    "raise_rotary",
-    "raise_attention",
-    "eliminate_unread_rows",
-    "raise_block_linear",
-    "merge_affine_maps",
-    "split_channel_multiplier",
-    "absorb_channel_shuffle",
-    "absorb_transposes",
-    "pack_products",
-    "simplify_layout",
-    "fold_shape_arithmetic",
-    "eliminate_no_ops",
-)
-
 
 @dataclass(frozen=True)
 class Settle(Pass):
     """Passes repeated to a fixpoint.
 
     Attributes:
-        passes: Names, in order.
+        passes: Names, in order; empty for the exact ones that ran before this one and were not rolled back.
         rounds: Largest number of rounds.
     """
 
     name = "settle"
-    passes: tuple[str, ...] = SETTLED
+    passes: tuple[str, ...] = ()
     rounds: int = 8
 
     def run(self, model: ir.Model, context: PassContext) -> bool:
         from xform.passes import PASSES  # the registry, which holds this pass too
 
-        passes = [PASSES[name]() for name in self.passes]
+        passes = [PASSES[name]() for name in self.passes] if self.passes else self._repeated(context)
         missed: dict[str, RemarkLog] = {}
         quiet, changed, stale = 0, False, False
         for number in range(self.rounds * len(passes)):
@@ -86,3 +60,9 @@ class Settle(Pass):
         if stale:
             infer_shapes(model)
         return changed
+
+    def _repeated(self, context: PassContext) -> list[Pass]:
+        """What ran before, each once; shapes are inferred between the rounds in any case."""
+        apart = (self.name, "infer_shapes")
+        exact = {one.name: one for one in context.before if one.fidelity == "exact" and one.name not in apart}
+        return list(exact.values())

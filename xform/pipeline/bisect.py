@@ -99,6 +99,7 @@ def bisect(
         if progress is not None:
             progress(one.name, index, len(passes))
         snapshot = clone(current)
+        search.before = tuple(passes[:index])
         trial = search.run(one, current, None)
         if trial.bad:
             result = search.inside(one, snapshot, good, trial)
@@ -126,11 +127,12 @@ class _Search:
     target: Target
     verifier: Verifier
     runs: int = 0
+    before: tuple[Pass, ...] = ()
 
     def run(self, one: Pass, model: ir.Model, limit: int | None) -> _Trial:
         """Run a pass on `model` in place, check the structure and compare the numbers."""
         self.runs += 1
-        context = PassContext(self.target, limit=limit)
+        context = PassContext(self.target, limit=limit, before=self.before)
         problem, changed = "", True
         where: tuple[str, ...] = ()
         try:

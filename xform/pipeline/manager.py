@@ -235,7 +235,9 @@ class _Run:
         Raises:
             _PassFailedError: The pass raised or broke the structure; `model` may be in any state.
         """
-        context = PassContext(self.target, RemarkLog(), self.statistics)
+        stand = zip(self.passes, done, strict=False)  # one report for each pass that ran
+        earlier = tuple(passed for passed, report in stand if report.status != "rolled_back")
+        context = PassContext(self.target, RemarkLog(), self.statistics, before=earlier)
         before = done[-1].after if done and done[-1].after is not None else size_of(model)
         start = time.perf_counter()
         try:

@@ -32,6 +32,7 @@ class PassContext:
         statistics: Tries, hits and seconds per (pass, rule).
         limit: Stop after this many rule applications in this run (for bisecting); None for no limit.
         applications: Rule applications so far in this run.
+        before: Passes that ran before this one and were not rolled back, in order.
     """
 
     target: Target = field(default_factory=Target)
@@ -39,6 +40,7 @@ class PassContext:
     statistics: dict[tuple[str, str], RuleStatistics] = field(default_factory=dict)
     limit: int | None = None
     applications: int = 0
+    before: tuple[Pass, ...] = ()
 
     def remark(
         self,
