@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,12 +109,13 @@ class Row:
             self.optimized = xform.optimize(
                 self.model, target=DEVICE, backend="torch_triton", inputs=self.inputs, precision=PRECISION, verify="off"
             )
-        captured, first = self.optimized._programs[0]
+        program, *others = self.optimized._programs
+        first = program.compiled
         backend = get_backend("torch_triton", Target(DEVICE))
         options = LowerOptions(precision=PRECISION, compile=compile_mode)
         compiled = Compiled(first.graph, backend.lower(first.graph, Target(DEVICE), options), first.report, backend)
         first.close()
-        self.optimized._programs[0] = (captured, compiled)
+        self.optimized._programs = (replace(program, compiled=compiled), *others)
         return lambda: self.optimized(**self.here)
 
     def facts(self, kind: str) -> dict[str, Any]:
