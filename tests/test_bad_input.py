@@ -234,7 +234,7 @@ STALLING = """
     def stall(weight, file):
         stream(weight, file)
         file.flush()
-        os.write(1, b"writing\n")
+        os.write(1, b"writing\\n")
         time.sleep(300)
     write._stream = stall
     sys.exit(main(["optimize", sys.argv[1], "-o", sys.argv[2]]))
