@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Runner
@@ -59,7 +60,7 @@ def check_suffix(path: Path, backend: str) -> None:
     Raises:
         UsageError: Naming the suffixes that it writes, and a backend that writes this one.
     """
-    if backend not in BACKENDS or path.is_dir() or path.suffix in BACKENDS[backend].suffixes:
+    if backend not in BACKENDS or os.path.isdir(path) or path.suffix in BACKENDS[backend].suffixes:
         return  # an unknown backend is told when it is looked up, a folder when it is written to
     others = [name for name, kind in BACKENDS.items() if path.suffix in kind.suffixes]
     also = f", or choose backend={others[0]!r}, which writes {path.suffix}" if others else ""

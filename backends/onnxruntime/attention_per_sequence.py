@@ -192,7 +192,7 @@ def _sequences(site: Site, valid: ir.Value, rows: ir.Value, places: ir.Value) ->
         zero = site.emitter.constant(0, ir.DataType.INT64, "zero")
         sizes = site.op("Shape", places)
         length = site.op("Slice", sizes, ints(1), ints(2))
-        tokens = site.op("Cast", site.op("Reshape", valid, sizes, allowzero=1), to=ir.DataType.INT64)
+        tokens = site.op("Cast", site.op("Reshape", valid, sizes), to=ir.DataType.INT64)
         lengths = site.op("ReduceSum", tokens, ints(1), keepdims=1)
         # ONNX Runtime's fused products die (SIGFPE) on tensors without elements: leave out sequences without tokens
         which = site.op("Reshape", site.op("NonZero", site.op("Reshape", lengths, ints(-1))), ints(-1))

@@ -265,7 +265,7 @@ class _Rewrite:
         order = build.op("Sub", count, build.constant(np.array(1)))
         inverse = build.op("Where", flat, order, build.constant(np.array(0)))
         shape = build.op("Shape", given)
-        inverse = build.op("Reshape", inverse, shape, allowzero=1)  # a mask of no tokens too
+        inverse = build.op("Reshape", inverse, shape)  # allowzero, for masks of no tokens, is not there below opset 14
         inverse.shape = ir.Shape(self.padding.dims)
         self._insert(anchor, build)
         return rows, inverse

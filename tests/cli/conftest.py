@@ -29,3 +29,9 @@ def xform(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
 def mlp(tmp_path: Path) -> Path:
     """See `save_mlp`."""
     return save_mlp(tmp_path / "mlp.onnx")
+
+
+@pytest.fixture(autouse=True)
+def no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have COLUMNS set, which decides how lines are folded."""
+    monkeypatch.delenv("COLUMNS", raising=False)
