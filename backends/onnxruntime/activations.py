@@ -11,7 +11,8 @@ import math
 import onnx_ir as ir
 
 from xform.backends.onnxruntime.emit import Emitter, Site
-from xform.graph.values import attribute, rank_of, shape_of
+from xform.graph.norms import computing_type
+from xform.graph.values import attribute, is_op, rank_of, shape_of
 
 
 def lower_swish(emitter: Emitter, node: ir.Node) -> bool:
@@ -38,7 +39,9 @@ def lower_gelu(emitter: Emitter, node: ir.Node) -> bool:
         return emitter.constant(number, x.dtype, "gelu")
 
     if attribute(node, "approximate", "none") == "tanh":
-        cubed = site.op("Mul", site.op("Pow", x, constant(3.0)), constant(0.044715))
+        # ONNX Runtime fuses the power to its FastGelu, which takes no scalar, and the product not (1.31.1)
+        cube = site.op("Mul", site.op("Mul", x, x), x) if not rank_of(x) else site.op("Pow", x, constant(3.0))
+        cubed = site.op("Mul", cube, constant(0.044715))
         inner = site.op("Mul", site.op("Add", x, cubed), constant(math.sqrt(2 / math.pi)))
         gate = site.op("Add", site.op("Tanh", inner), constant(1.0))
         result = site.op("Mul", site.op("Mul", x, constant(0.5)), gate)
@@ -54,20 +57,20 @@ def lower_gelu(emitter: Emitter, node: ir.Node) -> bool:
 def lower_rms_normalization(emitter: Emitter, node: ir.Node) -> bool:
     """RMSNormalization(x) = x / sqrt(mean(x^2) + epsilon) * scale, for opsets below 23.
 
-    Computed in `stash_type`, as the operator says; ONNX Runtime fuses it to its SimplifiedLayerNormalization, except in
-    float64, where it would take another epsilon than the graph's (1.31.1): the square is a product there, which it does
-    not fuse.
+    Computed in `stash_type`, as the operator says; ONNX Runtime fuses it to its SimplifiedLayerNormalization. It must
+    not in float64, where it would take another epsilon than the graph's, nor behind mean - x, where it would take the
+    whole for a LayerNormalization, with the wrong sign (1.31.1): the square is a product there, which it does not fuse.
     """
     site = emitter.at(node)
     x, scale = node.inputs[:2]
     rank = rank_of(x)
     if x is None or scale is None or x.dtype is None or rank is None:
         return False
-    stash = ir.DataType(attribute(node, "stash_type", 1))
+    stash = computing_type(node, x.dtype)
     axis = int(attribute(node, "axis", -1))
     axes = list(range(axis, 0)) if axis < 0 else list(range(axis - rank, 0))
     inner = x if x.dtype is stash else site.op("Cast", x, to=stash)
-    if stash is ir.DataType.DOUBLE:
+    if stash is ir.DataType.DOUBLE or _is_mean_minus(x):
         squared = site.op("Mul", inner, inner)
     else:
         squared = site.op("Pow", inner, emitter.constant(2.0, stash, "two"))
@@ -77,6 +80,13 @@ def lower_rms_normalization(emitter: Emitter, node: ir.Node) -> bool:
     normed = normed if x.dtype is stash else site.op("Cast", normed, to=x.dtype)
     site.replace([(node.outputs[0], site.op("Mul", normed, scale))], "rms_norm: written out")
     return True
+
+
+def _is_mean_minus(value: ir.Value) -> bool:
+    """Whether a value is mean(y) - y."""
+    node = value.producer()
+    mean = node.inputs[0].producer() if node is not None and is_op(node, "Sub") and node.inputs[0] is not None else None
+    return mean is not None and is_op(mean, "ReduceMean") and mean.inputs[0] is node.inputs[1]  # type: ignore[union-attr]
 
 
 def lower_layer_normalization(emitter: Emitter, node: ir.Node) -> bool:
@@ -89,13 +99,16 @@ def lower_layer_normalization(emitter: Emitter, node: ir.Node) -> bool:
     rank = rank_of(x)
     if x is None or scale is None or x.dtype is None or rank is None:
         return False
-    stash = ir.DataType(attribute(node, "stash_type", 1))
+    stash = computing_type(node, x.dtype)
     axis = int(attribute(node, "axis", -1))
     axes = list(range(axis, 0)) if axis < 0 else list(range(axis - rank, 0))
     inner = x if x.dtype is stash else site.op("Cast", x, to=stash)
     mean = _reduce_mean(site, inner, axes)
     centred = site.op("Sub", inner, mean)
-    squared = site.op("Pow", centred, emitter.constant(2.0, stash, "two"))
+    if stash is ir.DataType.DOUBLE:
+        squared = site.op("Mul", centred, centred)
+    else:
+        squared = site.op("Pow", centred, emitter.constant(2.0, stash, "two"))
     variance = _reduce_mean(site, squared, axes)
     epsilon = emitter.constant(attribute(node, "epsilon", 1e-5), stash, "epsilon")
     deviation = site.op("Sqrt", site.op("Add", variance, epsilon))

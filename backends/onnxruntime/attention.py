@@ -31,7 +31,7 @@ from xform.backends.onnxruntime.attention_per_sequence import SEQUENCE_LOOPS_SIN
 from xform.backends.onnxruntime.emit import MICROSOFT, Emitter, Site
 from xform.backends.onnxruntime.projections import SWAP_HEADS, is_head_swap
 from xform.graph.masks import without_nan_rows
-from xform.graph.values import attribute, is_op, rank_of, shape_of, used_once
+from xform.graph.values import attribute, is_op, rank_of, same_dim, shape_of, used_once
 
 FORMS = ("packed", "multi_head")
 
@@ -41,6 +41,7 @@ class Operands:
     """One Attention node, read.
 
     Attributes:
+        query_heads, kv_heads: How many; both 1 where there are as many of both and nobody knows how many.
         nan_rows: Whether a row without a key gives NaN, as a plain softmax does, and not zeros.
     """
 
@@ -79,6 +80,8 @@ def lower_attention(emitter: Emitter, node: ir.Node, forms: Sequence[str], opset
     if attention is None:
         return False
     extra = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
+    if not isinstance((shape_of(attention.query) or (None, None))[1], int):
+        forms = ()  # they write the number of heads down
     if "packed" in forms and not extra:
         if opset >= SEQUENCE_LOOPS_SINCE and attention_per_sequence(site, attention):
             return True
@@ -131,6 +134,8 @@ def _read(site: Site) -> Operands | None:
         assert query_shape is not None
         query_heads, head_size = query_shape[1], query_shape[3]
         kv_heads = key_shape[1] if key_shape is not None else None
+        if not isinstance(query_heads, int) and same_dim(query_heads, kv_heads):
+            query_heads = kv_heads = 1  # as many of both, whatever their number
     elif rank_of(query) == 3 and query_heads and kv_heads:
         width = (shape_of(query) or (None,))[-1]
         head_size = width // query_heads if isinstance(width, int) else None

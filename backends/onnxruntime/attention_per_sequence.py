@@ -125,7 +125,7 @@ def _is_unpacking(node: ir.Node) -> bool:
 
 def _valid(places: ir.Value) -> ir.Value | None:
     """The vector that `places` was counted from, as `pack_tokens` does."""
-    where = _made_by(_read_by(places, "Reshape"), "Where")
+    where = _made_by(_read_by(places, "Gather"), "Where")
     if where is None or scalar(where.inputs[2]) != 0:
         return None
     order = _made_by(where.inputs[1], "Sub")
@@ -192,7 +192,9 @@ def _sequences(site: Site, valid: ir.Value, rows: ir.Value, places: ir.Value) ->
         zero = site.emitter.constant(0, ir.DataType.INT64, "zero")
         sizes = site.op("Shape", places)
         length = site.op("Slice", sizes, ints(1), ints(2))
-        tokens = site.op("Cast", site.op("Reshape", valid, sizes), to=ir.DataType.INT64)
+        unflatten = places.producer()
+        assert unflatten is not None  # the Gather that `_valid` found
+        tokens = site.op("Cast", site.op("Gather", valid, unflatten.inputs[1], axis=0), to=ir.DataType.INT64)
         lengths = site.op("ReduceSum", tokens, ints(1), keepdims=1)
         # ONNX Runtime's fused products die (SIGFPE) on tensors without elements: leave out sequences without tokens
         which = site.op("Reshape", site.op("NonZero", site.op("Reshape", lengths, ints(-1))), ints(-1))

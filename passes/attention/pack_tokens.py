@@ -264,11 +264,18 @@ class _Rewrite:
         count = build.op("CumSum", build.op("Cast", flat, to=int(ir.DataType.INT64)), build.constant(np.array(0)))
         order = build.op("Sub", count, build.constant(np.array(1)))
         inverse = build.op("Where", flat, order, build.constant(np.array(0)))
-        shape = build.op("Shape", given)
-        inverse = build.op("Reshape", inverse, shape)  # allowzero, for masks of no tokens, is not there below opset 14
+        # not a Reshape: for masks of no tokens it would need allowzero, which is not there below opset 14
+        inverse = build.op("Gather", inverse, self._grid(build, given), axis=0)
         inverse.shape = ir.Shape(self.padding.dims)
         self._insert(anchor, build)
         return rows, inverse
+
+    def _grid(self, build: Builder, mask: ir.Value) -> ir.Value:
+        """[B, S] of the numbers from 0 to B * S."""
+        zero, one = build.constant(np.array(0)), build.constant(np.array(1))
+        sizes = [build.op("Squeeze", build.op("Shape", mask, start=i, end=i + 1), [0]) for i in range(2)]
+        row, column = (build.op("Range", zero, size, one) for size in sizes)
+        return build.op("Add", build.op("Unsqueeze", build.op("Mul", row, sizes[1]), [1]), column)
 
     def _pack(self, node: ir.Node) -> None:
         build = self._build(node, display_name(node))

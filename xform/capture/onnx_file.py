@@ -198,11 +198,18 @@ def _copy_model(source: ir.Model) -> tuple[ir.Model, list[str]]:
 
 
 def _own_tensors(model: ir.Model) -> None:
-    """Wrap initializers so that renaming one does not reach the user's tensor; the data stays shared."""
-    for graph in model.graphs():
+    """Wrap tensors so that renaming one does not reach the user's tensor; the data stays shared."""
+    tops = [model.graph, *(function.graph for function in model.functions.values())]
+    for graph in (graph for top in tops for graph in (top, *top.subgraphs())):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = _share(value.const_value)
+        for node in graph:
+            for name, held in list(node.attributes.items()):
+                if held.type is ir.AttributeType.TENSOR and not held.is_ref():
+                    node.attributes[name] = ir.AttrTensor(name, _share(held.as_tensor()), held.doc_string)
+                elif held.type is ir.AttributeType.TENSORS and not held.is_ref():
+                    node.attributes[name] = ir.AttrTensors(name, [_share(t) for t in held.as_tensors()])
 
 
 def _share(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

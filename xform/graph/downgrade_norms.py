@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.downgrade_steps import Unavailable, expand, lower
+from xform.graph.norms import computing_type
 from xform.graph.opset_emit import Emitter, get_input
 from xform.graph.values import attribute, rank_of, shape_of
 
@@ -21,7 +22,7 @@ def layer_norm(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     """(x - mean) / sqrt(var + epsilon) * scale + bias over the dims from `axis` on; mean and 1 / deviation too."""
     x, dtype = _typed(node)
     axes = _trailing_axes(node)
-    stash = ir.DataType(attribute(node, "stash_type", 1))
+    stash = computing_type(node, dtype)
     wide = _cast(emit, x, dtype, stash)
     mean = emit.op("ReduceMean", wide, axes=axes, keepdims=1)
     centred = emit.op("Sub", wide, mean)
@@ -44,7 +45,7 @@ def layer_norm(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
 def rms_norm(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     """x / sqrt(mean(x^2) + epsilon) * scale, over the dims from `axis` on."""
     x, dtype = _typed(node)
-    stash = ir.DataType(attribute(node, "stash_type", 1))
+    stash = computing_type(node, dtype)
     wide = _cast(emit, x, dtype, stash)
     squares = emit.op("Mul", wide, wide)
     mean = emit.op("ReduceMean", squares, emit.ints(_trailing_axes(node), "axes"), keepdims=1)

@@ -21,3 +21,12 @@ def normalized_axis(node: ir.Node) -> int | None:
     if not rank or shape is None or not isinstance(shape[-1], int) or shape[-1] < 2:
         return None
     return rank - 1 if int(attribute(node, "axis", -1)) % rank == rank - 1 else None
+
+
+def computing_type(node: ir.Node, dtype: ir.DataType) -> ir.DataType:
+    """The dtype that a normalization of `dtype` is computed in: `stash_type`, but float64 in float64.
+
+    The standard's default for `stash_type` is float32 whatever the operand is. ONNX Runtime's kernels do not round a
+    float64 to it, and a form that did would lose half of the digits.
+    """
+    return dtype if dtype is ir.DataType.DOUBLE else ir.DataType(attribute(node, "stash_type", 1))

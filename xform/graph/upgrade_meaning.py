@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +67,13 @@ def _softmax_13(node: ir.Node, emit: Emitter) -> Sequence[ir.Value] | None:
     if axis == -1 or (rank is not None and axis % max(rank, 1) == rank - 1):
         set_attribute(node, "axis", -1)
         return None
+    shape = shape_of(x)
+    if shape is not None and all(isinstance(size, int) and size > 0 for size in shape[axis % len(shape) :]):
+        # constant targets, which hold for batches of none too
+        lead = [0] * (axis % len(shape))
+        tail = [int(str(size)) for size in shape[len(lead) :]]
+        rows = emit.op("Reshape", x, emit.ints([*lead, math.prod(tail)], "shape"))
+        return [emit.op("Reshape", emit.op(node.op_type, rows, axis=-1), emit.ints([*lead, *tail], "shape"))]
     rows = emit.op("Flatten", x, axis=axis)
     return [emit.op("Reshape", emit.op(node.op_type, rows, axis=-1), emit.op("Shape", x))]
 

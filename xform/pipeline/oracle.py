@@ -23,7 +23,7 @@ from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
 from xform.graph.downgrade_attention import written_out
 from xform.pipeline.bounded_run import check_sizes, fed_bytes, run_bounded, share_arena
-from xform.pipeline.isolated import Child, isolation_timeout
+from xform.pipeline.isolated import DEFAULT_TIMEOUT_S, Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
 Outputs = dict[str, Any]
@@ -32,7 +32,8 @@ Oracle = Callable[[Inputs], Mapping[str, Any] | Sequence[Any]]
 LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where the runtime's shape inference can read them
 _MAX_IR_VERSION = 10  # ONNX Runtime refuses files stamped newer than it knows; the stamp itself changes nothing
 _THREADS = 2
-_ABORT_ON_NOTHING = frozenset({"GRU", "LSTM"})  # of an empty batch or sequence; not an exception: std::terminate
+# end the process instead of raising on an empty batch or sequence: Einsum divides by it, the others call std::terminate
+_ABORT_ON_NOTHING = frozenset({"Einsum", "GRU", "LSTM"})
 _NEWEST_OPSET = re.compile(r"official support for domain ai\.onnx is till opset (\d+)")
 _SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\) (?=\w)")
 # dtypes that NumPy lacks cross the boundary as float32 through a Cast that is exact
@@ -101,7 +102,8 @@ class Session:
         self._casts = _widen_interface_names(proto)
         self._brought = sum(array.nbytes for array in lent.values())
         self._lent = lent  # the runtime reads this memory for as long as the session lives
-        self._fatal = sorted(_operators(proto) & _ABORT_ON_NOTHING)
+        self._may_abort = bool(_operators(proto) & _ABORT_ON_NOTHING)
+        self._proto, self._threads = (proto if self._may_abort else None), threads
         timeout = isolation_timeout()
         try:
             if timeout is not None:
@@ -124,16 +126,15 @@ class Session:
             cast = self._casts.get(name)
             feeds[cast or name] = np.asarray(value, np.float32) if cast else value
         arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
-        if self._fatal and self._child is None and any(array.size == 0 for array in arrays.values()):
-            raise CouldNotRunError(
-                f"{' and '.join(self._fatal)} of ONNX Runtime would end the process on an empty input"
-            )
+        empty = any(array.size == 0 for array in arrays.values())
         brought = self._brought + fed_bytes(arrays)
         if self._model is not None:
             check_sizes(self._model, {name: array.shape for name, array in arrays.items()}, brought)
         try:
             if self._child is not None:
                 results = self._child.run(feeds)
+            elif self._may_abort and empty:
+                results = self._run_apart(feeds)
             else:
                 results = run_bounded(self._session, feeds, self._brought, self._in_arena)
         except LimitError:
@@ -141,6 +142,15 @@ class Session:
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime failed: {_first_line(error)}") from error
         return dict(zip(self._output_names, results, strict=True))
+
+    def _run_apart(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """Run in a child process that the runtime may end."""
+        assert self._proto is not None
+        child = Child(self._proto, self._lent, self._threads, DEFAULT_TIMEOUT_S)
+        try:
+            return child.run(feeds)
+        finally:
+            child.close()
 
     def close(self) -> None:
         """Release the session and the lent weights."""

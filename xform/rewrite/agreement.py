@@ -10,6 +10,9 @@ rewriter compares what inference found for the new value with what is known of t
     sizes    numbers are equal; a 1 does not stand for a named dim, nor a named dim for a 1. Two names, and a name and
              a larger number, do not contradict each other: exporters give one size several names.
 
+Where the rank of an operand is not known, inference cannot tell that a constant of shape [1] gives a scalar an axis. A
+match that holds such a constant beside such an operand is refused (`uncertain_rank`).
+
 A new operator must also have a kernel for its dtype where every replaced one had (`xform.graph.kernels`).
 """
 
@@ -21,8 +24,11 @@ import onnx_ir as ir
 
 from xform.graph.kernels import computing_type, has_kernel
 from xform.graph.shapes import GENERATED
-from xform.graph.values import ONNX_DOMAINS, Dim, display_name, shape_of
+from xform.graph.values import ONNX_DOMAINS, Dim, display_name, is_constant, shape_of
 from xform.target import Target
+
+_BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Sum", "Mean", "Where", "PRelu", "Equal",
+                 "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Expand")  # fmt: skip
 
 
 def disagreement(old: ir.Value, new: ir.Value) -> str | None:
@@ -41,6 +47,27 @@ def disagreement(old: ir.Value, new: ir.Value) -> str | None:
     if any(_contradict(a, b) for a, b in zip(before, after, strict=True)):
         return f"the replacement would have shape {_spelled(after)}, {_name(old)} has {_spelled(before)}"
     return None
+
+
+def uncertain_rank(replaced: Iterable[ir.Node]) -> str | None:
+    """Which constant among the replaced nodes may give an operand of unknown rank more axes than it has, or None.
+
+    A vector of several numbers is not asked about: a rule keeps it as an operand, or has seen a channel axis.
+    """
+    for node in replaced:
+        if node.domain not in ONNX_DOMAINS or node.op_type not in _BROADCASTING:
+            continue
+        unknown = next((v for v in node.inputs if v is not None and v.shape is None and not is_constant(v)), None)
+        wide = next((v for v in node.inputs if is_constant(v) and _adds_axes(v)), None)
+        if unknown is not None and wide is not None:
+            constant = f"{_name(wide)} of shape {_spelled(shape_of(wide) or ())}"
+            return f"the rank of {_name(unknown)} is not known, and {constant} may give the result more axes"
+    return None
+
+
+def _adds_axes(value: ir.Value | None) -> bool:
+    shape = shape_of(value)
+    return shape is not None and (len(shape) > 1 or shape == (1,))
 
 
 def lost_kernel(replaced: Iterable[ir.Node], added: Iterable[ir.Node], target: Target) -> str | None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from xform.errors import XformError
 from xform.graph.values import display_name
-from xform.rewrite.agreement import disagreement, lost_kernel
+from xform.rewrite.agreement import disagreement, lost_kernel, uncertain_rank
 from xform.rewrite.builder import Builder
 from xform.rewrite.edits import Edit, commit, undo
 from xform.rewrite.matcher import Match, Search
@@ -162,6 +162,7 @@ class Rewriter:
                 f"rule {rule.name} gave {len(values)} values for {len(match.roots)} roots", where=_origin(nodes)
             )
         reason = next(iter(builder.lossy), None) or lost_kernel(nodes, builder.nodes, self.context.target)
+        reason = reason or uncertain_rank(nodes)
         for old, new in zip(match.roots, values, strict=True):
             reason = reason or disagreement(old, new)
         return None if reason is None else Failure(reason, tuple(nodes))

@@ -124,7 +124,7 @@ def _piece(module: GraphModule, operand: _Operand) -> Node:
 
 def _valid(places: Node) -> Node | None:
     """The vector that `places` was counted from."""
-    where = places.args[0] if _is_method(places, "reshape") else None
+    where = places.args[0] if common.is_call(places, indexing.gather) else None
     if not common.is_call(where, torch.where):
         return None
     assert isinstance(where, Node)
