@@ -183,6 +183,13 @@ def test_an_empty_batch_is_packed() -> None:
     assert run(packed(block(**shapes)), nobody)[0].shape == (0, S, C)
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+def test_sequences_of_no_tokens_are_packed(batch: int) -> None:
+    shapes = {"inputs": f"float[b,s,{C}] x, int64[b,s] mask", "outputs": f"float[b,s,{C}] y"}
+    nothing = {"x": np.zeros((batch, 0, C), np.float32), "mask": np.zeros((batch, 0), np.int64)}
+    assert run(packed(block(**shapes)), nothing)[0].shape == (batch, 0, C)
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, [S, S, S], [1, 1, 1]])
 def test_the_first_token_may_be_all_that_the_last_block_computes(lengths: Any) -> None:
     model = block("y = Gather <axis = 1> (z, first)", outputs=f"float[{B},{C}] y")
