@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from hostile_case import USAGE, Case, optimize, saved
-from hostile_files import simple
+from hostile_case import USAGE, Case, optimize, saved, simple
 
 Build = Callable[[Path], list[str]]
 

@@ -9,8 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import hostile
-from hostile_case import Case, optimize, saved
-from hostile_files import simple
+from hostile_case import Case, optimize, saved, simple
 
 ALL = {case.name: case for case in hostile.cases()}
 # cases that take long by nature (they wait for a limit of time), and those that tune twice
