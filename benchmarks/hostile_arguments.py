@@ -314,7 +314,8 @@ def calibration() -> Iterator[Case]:
             path.write_bytes(FILES[name]())
             return [*optimize(saved(folder, simple())), "--preset", "int8", "--calibration", str(path)]
 
-        yield Case(f"calibration/{name}", build, USAGE)
+        allowed = frozenset({0}) if name == "unknown-name" else USAGE  # a tokenizer gives more than a model reads
+        yield Case(f"calibration/{name}", build, allowed)
     arrays = {
         "nan": np.full((2, 8), np.nan, "f"),
         "inf": np.full((2, 8), np.inf, "f"),

@@ -11,7 +11,7 @@ import pytest
 
 from xform.errors import UsageError
 from xform.pipeline.input_roles import Role, role_of
-from xform.pipeline.random_inputs import candidate_cases, random_inputs
+from xform.pipeline.random_inputs import candidate_cases, check_named, random_inputs
 from xform.pipeline.sizes import evaluate, input_dims, meaning_of, proposals
 
 
@@ -96,6 +96,25 @@ def test_values_respect_roles():
 def test_unsigned_bytes_use_the_whole_range():
     inputs = random_inputs(parse("g (uint8[64,64] x) => (uint8[64,64] y) { y = Identity(x) }"))
     assert inputs["x"].max() > 200
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"x": np.ones(2, bool)}, "input 'x' is float32, but an array of bool"),
+        (
+            {"x": np.array([1.0, 1e300])},
+            "'x' is float32, and the array of float64 that was given holds numbers",
+        ),
+        ({"i": np.array([1, 2**40])}, "'i' is int32, and the array of int64"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_dtype(given, told):
+    model = parse("g (float[n] x, int32[n] i) => (float[n] y, int32[n] z) { y = Identity(x) z = Identity(i) }")
+    with pytest.raises(UsageError, match=told):
+        check_named(model, given)
+    fitting = check_named(model, {"x": np.array([1.0, -np.inf]), "i": np.array([1, 2])})
+    assert (fitting["x"].dtype, fitting["i"].dtype) == (np.float32, np.int32)
 
 
 def test_two_sizes_consistent_across_inputs(planted):

@@ -234,6 +234,7 @@ class _Run:
 
         Raises:
             _PassFailedError: The pass raised or broke the structure; `model` may be in any state.
+            UsageError: An option of the pass is wrong: that is the user's to mend, and no fault of the pass.
         """
         stand = zip(self.passes, done, strict=False)  # one report for each pass that ran
         earlier = tuple(passed for passed, report in stand if report.status != "rolled_back")
@@ -244,6 +245,8 @@ class _Run:
             changed = one.run(model, context)
             seconds = time.perf_counter() - start
             problem = self._problem(model) if changed or check_always else None
+        except UsageError:
+            raise
         except Exception as error:
             _LOG.debug("pass %s raised", one.name, exc_info=True)
             where = error.where if isinstance(error, XformError) else ()
