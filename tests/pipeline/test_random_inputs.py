@@ -201,3 +201,21 @@ def test_sequence_input():
     model = parse("g (seq(float[2]) x) => (float[N] y) { y = ConcatFromSequence<axis=0>(x) }")
     value = random_inputs(model)["x"]
     assert isinstance(value, list) and value[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("9**9**9**9", OverflowError), ("9**62 * a", OverflowError), ("a // 0", ZeroDivisionError),
+        ("a % (a - a)", ZeroDivisionError), ("'x' * 9", KeyError), ("1e999", KeyError), ("True + a", KeyError),
+        ("(" * 900 + "a" + ")" * 90, KeyError), ("+".join(["a"] * 2000), KeyError), ("9" * 900, KeyError),
+        ("a + \0", KeyError), ("a.b", KeyError), ("b + 1", KeyError),
+    ],
+)  # fmt: skip
+def test_expressions_that_have_no_value(name, error):
+    with pytest.raises(error):
+        evaluate(name, {"a": 7})
+    model = parse("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
+    model.graph.inputs[0].shape = ir.Shape([name, 4])
+    for case in islice(candidate_cases(model), 2):  # a name that is no expression is a symbol, others fit no size
+        assert error is KeyError and case.arrays["x"].shape[1] == 4

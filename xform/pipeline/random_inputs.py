@@ -91,7 +91,8 @@ def random_inputs(
     case = next(candidate_cases(model, seed, sizes, overrides), None)
     if case is None:
         raise UsageError(
-            f"random inputs would have more than {MAX_ELEMENTS} elements", hint="give inputs, or sizes of dynamic dims"
+            f"no random inputs of at most {MAX_ELEMENTS} elements fit the declared shapes",
+            hint="give inputs, or sizes of dynamic dims",
         )
     return dict(case.arrays)
 
@@ -127,8 +128,12 @@ def candidate_cases(
 
 
 def fits(dims: Sequence[InputDims], sizes: Sizes) -> bool:
-    """Whether inputs of these sizes can be drawn in reasonable memory."""
-    return sum(math.prod(max(evaluate(dim, sizes), 0) for dim in entry.dims or ()) for entry in dims) <= MAX_ELEMENTS
+    """Whether inputs of these sizes exist, and can be drawn in reasonable memory."""
+    try:
+        counts = [math.prod(max(evaluate(dim, sizes), 0) for dim in entry.dims or ()) for entry in dims]
+    except (KeyError, ArithmeticError):
+        return False
+    return sum(counts) <= MAX_ELEMENTS
 
 
 def draw(
