@@ -36,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hostile_arguments
 import hostile_bombs
+import hostile_commands
 import hostile_damaged
 import hostile_external
 import hostile_names
@@ -68,7 +69,10 @@ class Result:
 
 def cases() -> list[Case]:
     """All cases, by classes."""
-    files = (hostile_external, hostile_damaged, hostile_bombs, hostile_names, hostile_protobuf, hostile_arguments)
+    files = (
+        hostile_external, hostile_damaged, hostile_bombs, hostile_names, hostile_protobuf, hostile_arguments,
+        hostile_commands,
+    )  # fmt: skip
     return [case for file in files for case in file.all_cases()]
 
 

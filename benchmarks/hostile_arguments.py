@@ -231,7 +231,8 @@ def _lying(shape: str, data: bytes = b"\0" * 64, dtype: str = "<f4") -> bytes:
     return file.getvalue()
 
 
-def _zip_bomb(size: int) -> bytes:
+def zip_bomb(size: int) -> bytes:
+    """An .npz with `x` of [size / 32, 8] zeros, a thousandth of that."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({size // 4 // 8}, 8), }}"
     padded = header + " " * (63 - (10 + len(header)) % 64) + "\n"
     file = io.BytesIO()
@@ -292,7 +293,7 @@ def inputs() -> Iterator[Case]:
 
     def bomb(folder: Path) -> list[str]:
         path = folder / "models" / "x.npz"
-        path.write_bytes(_zip_bomb(3 << 30))
+        path.write_bytes(zip_bomb(3 << 30))
         return [*optimize(saved(folder, simple())), "--inputs", str(path)]
 
     yield Case("inputs/zip-bomb", bomb, frozenset({2, 3}))

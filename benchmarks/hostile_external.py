@@ -24,7 +24,8 @@ def all_cases() -> Iterator[Case]:
 # Where a tensor can hide
 
 
-def _external(name: str, location: str, dims: list[int], **entries: str) -> TensorProto:
+def external(name: str, location: str, dims: list[int], **entries: str) -> TensorProto:
+    """A tensor that says that it lies in another file."""
     tensor = TensorProto(name=name, data_type=FLOAT, data_location=TensorProto.EXTERNAL)
     tensor.dims.extend(dims)
     for key, value in {"location": location, **entries}.items():
@@ -32,7 +33,8 @@ def _external(name: str, location: str, dims: list[int], **entries: str) -> Tens
     return tensor
 
 
-def _as_initializer(proto: onnx.ModelProto, tensor: TensorProto) -> None:
+def as_initializer(proto: onnx.ModelProto, tensor: TensorProto) -> None:
+    """Put it in the place of the bias of `simple`."""
     del proto.graph.initializer[1]
     tensor.name = "b"
     proto.graph.initializer.append(tensor)
@@ -119,7 +121,7 @@ def _in_unused_function(proto: onnx.ModelProto, tensor: TensorProto) -> None:
 
 
 PLACES: dict[str, Put] = {
-    "initializer": _as_initializer,
+    "initializer": as_initializer,
     "constant": _as_constant,
     "sparse": _as_sparse,
     "sparse-indices": _as_sparse_indices,
@@ -141,7 +143,7 @@ def hidden_tensors() -> Iterator[Case]:
 
             def build(folder: Path, put: Put = put, kind: str = kind) -> list[str]:
                 proto = simple()
-                put(proto, _external("t", _bad_location(folder, kind), [8]))
+                put(proto, external("t", _bad_location(folder, kind), [8]))
                 return optimize(saved(folder, proto))
 
             yield Case(f"hidden/{place}-{kind}", build, REFUSED)
@@ -192,7 +194,7 @@ def external_data() -> Iterator[Case]:
 
         def build(folder: Path, locate: Callable[[Path], str] = locate) -> list[str]:
             proto = simple()
-            _as_initializer(proto, _external("t", locate(folder), [8]))
+            as_initializer(proto, external("t", locate(folder), [8]))
             return optimize(saved(folder, proto))
 
         yield Case(f"external/{name}", build, REFUSED)
@@ -214,7 +216,7 @@ def external_data() -> Iterator[Case]:
         def build_entry(folder: Path, entry: dict[str, str] = entry) -> list[str]:
             (folder / "models" / "data.bin").write_bytes(b"\0" * 32)
             proto = simple()
-            _as_initializer(proto, _external("t", "data.bin", [8], **entry))
+            as_initializer(proto, external("t", "data.bin", [8], **entry))
             return optimize(saved(folder, proto))
 
         yield Case(f"external/{name}", build_entry, REFUSED)
@@ -222,7 +224,7 @@ def external_data() -> Iterator[Case]:
     def huge(folder: Path) -> list[str]:
         (folder / "models" / "data.bin").write_bytes(b"\0" * 32)
         proto = simple()
-        _as_initializer(proto, _external("t", "data.bin", [2**40, 2**20]))
+        as_initializer(proto, external("t", "data.bin", [2**40, 2**20]))
         return optimize(saved(folder, proto))
 
     yield Case("external/dims-huge", huge, REFUSED)
