@@ -65,7 +65,12 @@ def read_npz(
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """The file, if it is a regular one: opening a pipe would wait for a writer, a device has no end."""
+    """The file, if it is a regular one: opening a pipe would wait for a writer, a device has no end.
+
+    It is looked at before, as opening a device may do something, and after, as it may be another one by then.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is not a regular file")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
