@@ -28,6 +28,8 @@ HINT = "write the file with numpy.savez(path, input_name=array, ...)"
 Array = npt.NDArray[Any]
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 _KINDS = "biufcUSV"  # of dtypes: V is what numpy makes of bfloat16 and float8
+_USED = 16  # times the bytes of arrays that a run on them may take; as much as they earn where they were not packed
+_PACKING = 16  # times that honest data becomes smaller; zeros become a thousand times smaller
 _ENCRYPTED = 0x1
 _DAMAGED = (OSError, EOFError, ValueError, struct.error, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -45,7 +47,8 @@ def read_npz(
     Raises:
         UsageError: The file cannot be read, is not an .npz, is damaged, holds pickled objects or a name twice, or the
             header of an array does not fit its data.
-        LimitError: The arrays, with those that are `kept`, are larger than the limit "memory".
+        LimitError: Working on the arrays, with those that are `kept`, would take more than the limit "memory": a file
+            that is not compressed, or not more than 16 times, is never refused for that.
     """
     where = str(path)
     try:
@@ -53,8 +56,10 @@ def read_npz(
             members = _members(archive, what, where)
             packed = os.fstat(file.fileno()).st_size
             total = sum(info.file_size for info in members.values()) + sum(one.nbytes for one in kept)
-            subject = f"{what} {shown(where)}" + (", with the files before it," if kept else "")
-            limits.check("memory", total, subject, where, packed + sum(one.packed for one in kept))
+            subject = f"working on {total:,} bytes of arrays in {what} {shown(where)}"
+            subject += ", with the files before it," if kept else ""
+            packed_of_all = packed + sum(one.packed for one in kept)
+            limits.check("memory", _USED * total, subject, where, brought=_PACKING * packed_of_all)
             arrays = {name: _array(archive, info, name, what, where) for name, info in members.items()}
             return limits.Unpacked(arrays, packed)
     except zipfile.BadZipFile as error:

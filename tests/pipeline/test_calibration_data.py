@@ -155,7 +155,7 @@ def test_all_files_of_a_folder_count_together(tmp_path: Path) -> None:
     zeros = np.zeros((4000, 96), np.float32)
     for number in range(3):
         np.savez_compressed(tmp_path / f"{number}.npz", x=zeros, ids=np.arange(4000))
-    with limits.limited(limits.limits_of({"memory": 2 * zeros.nbytes})), pytest.raises(LimitError):
+    with limits.limited(limits.limits_of({"memory": 20 * zeros.nbytes})), pytest.raises(LimitError):
         calibration_batches(graph(), tmp_path)
 
 
