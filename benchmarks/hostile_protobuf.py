@@ -83,9 +83,9 @@ def fields() -> Iterator[Case]:
     named.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
     yield _case("field/entries-without-external", named, EITHER)
     repeated = simple()
-    for _ in range(200_000):
+    for _ in range(50_000):
         repeated.graph.value_info.add().CopyFrom(repeated.graph.input[0])
-    yield _case("field/value-info-200000", repeated, EITHER)
+    yield _case("field/value-info-50000", repeated, EITHER)
     conflicting = simple()
     for dtype, dims in ((INT64, [3]), (BOOL, []), (FLOAT, [2**40, 2**40])):
         conflicting.graph.value_info.append(helper.make_tensor_value_info("xw", dtype, dims))
