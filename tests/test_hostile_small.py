@@ -36,19 +36,8 @@ def chosen() -> list[Case]:
 def test_there_are_at_least_1000_cases_of_all_classes() -> None:
     assert len(ALL) >= 1000
     classes = {name.split("/")[0] for name in ALL}
-    assert {
-        "external",
-        "hidden",
-        "bomb",
-        "invalid",
-        "name",
-        "overwrite",
-        "option",
-        "inputs",
-        "cache",
-        "dim",
-        "entry",
-    } <= classes
+    assert {"external", "hidden", "bomb", "invalid", "name", "overwrite", "option", "inputs", "cache"} <= classes
+    assert {"command", "dim", "entry", "field", "nested", "pass-option", "text", "unpacked", "value"} <= classes
 
 
 def test_some_of_every_class() -> None:
