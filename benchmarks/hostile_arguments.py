@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from hostile_case import USAGE, Case, optimize, saved
-from hostile_files import simple
+from hostile_case import USAGE, Case, optimize, saved, simple
 
 Build = Callable[[Path], list[str]]
 
@@ -232,7 +231,8 @@ def _lying(shape: str, data: bytes = b"\0" * 64, dtype: str = "<f4") -> bytes:
     return file.getvalue()
 
 
-def _zip_bomb(size: int) -> bytes:
+def zip_bomb(size: int) -> bytes:
+    """An .npz with `x` of [size / 32, 8] zeros, a thousandth of that."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({size // 4 // 8}, 8), }}"
     padded = header + " " * (63 - (10 + len(header)) % 64) + "\n"
     file = io.BytesIO()
@@ -293,7 +293,7 @@ def inputs() -> Iterator[Case]:
 
     def bomb(folder: Path) -> list[str]:
         path = folder / "models" / "x.npz"
-        path.write_bytes(_zip_bomb(3 << 30))
+        path.write_bytes(zip_bomb(3 << 30))
         return [*optimize(saved(folder, simple())), "--inputs", str(path)]
 
     yield Case("inputs/zip-bomb", bomb, frozenset({2, 3}))
@@ -315,7 +315,8 @@ def calibration() -> Iterator[Case]:
             path.write_bytes(FILES[name]())
             return [*optimize(saved(folder, simple())), "--preset", "int8", "--calibration", str(path)]
 
-        yield Case(f"calibration/{name}", build, USAGE)
+        allowed = frozenset({0}) if name == "unknown-name" else USAGE  # a tokenizer gives more than a model reads
+        yield Case(f"calibration/{name}", build, allowed)
     arrays = {
         "nan": np.full((2, 8), np.nan, "f"),
         "inf": np.full((2, 8), np.inf, "f"),

@@ -7,34 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+from hostile_case import BOOL, FLOAT, INT64, Dims, model
 from onnx import TensorProto, helper, numpy_helper
-
-FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
-Dims = list[Any]
-
-
-def model(
-    nodes: list[onnx.NodeProto],
-    inputs: dict[str, Dims],
-    outputs: dict[str, Dims | None],
-    weights: dict[str, Any] | None = None,
-    *,
-    opset: int = 17,
-    kinds: dict[str, int] | None = None,
-    functions: list[onnx.FunctionProto] | None = None,
-    domains: tuple[str, ...] = (),
-) -> onnx.ModelProto:
-    """A small model; float32 unless `kinds` says otherwise."""
-    kinds = kinds or {}
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(n, kinds.get(n, FLOAT), dims) for n, dims in inputs.items()],
-        [helper.make_tensor_value_info(n, kinds.get(n, FLOAT), dims) for n, dims in outputs.items()],
-        [numpy_helper.from_array(np.asarray(a), n) for n, a in (weights or {}).items()],
-    )
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
-    return helper.make_model(graph, opset_imports=imports, ir_version=9, functions=functions or [])
 
 
 def one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +296,17 @@ print(xform.__version__)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "0+unknown", done.stderr
+
+
+def test_the_runtime_reports_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    program = """
+import xform
+model = '<ir_version: 9, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+import onnx
+xform.optimize(onnx.parser.parse_model(model))
+"""
+    own = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "XFORM_CACHE": str(tmp_path / "xform")}
+    rest = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")}
+    done = subprocess.run([sys.executable, "-c", program], env=rest | own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -9,12 +9,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import hostile
-from hostile_case import Case, optimize, saved
-from hostile_files import simple
+from hostile_case import Case, optimize, saved, simple
 
 ALL = {case.name: case for case in hostile.cases()}
 # cases that take long by nature (they wait for a limit of time), and those that tune twice
-SLOW = ("bomb/loop", "bomb/input", "bomb/many", "cache/", "inputs/zip-bomb", "name/", "invalid/")
+SLOW = (
+    "bomb/loop", "bomb/input", "bomb/many", "cache/", "inputs/zip-bomb", "name/", "invalid/", "nested/", "text/",
+    "unpacked/", "dtype/",
+)  # fmt: skip
+ALWAYS = (
+    "name/node-escape", "name/error-megabytes", "invalid/graphs/cycle-of-two", "dim/input-power-optimize",
+    "text/names-optimize", "unpacked/calibration-folder", "pass-option/pipe",
+)  # fmt: skip
 
 
 def chosen() -> list[Case]:
@@ -24,13 +30,14 @@ def chosen() -> list[Case]:
         if not name.startswith(SLOW):
             by_class.setdefault(name.split("/")[0], []).append(case)
     some = [case for cases in by_class.values() for case in cases[:: max(len(cases) // 2, 1)][:2]]
-    return [*some, *(ALL[name] for name in ("name/node-escape", "name/error-megabytes", "invalid/graphs/cycle-of-two"))]
+    return [*some, *(ALL[name] for name in ALWAYS)]
 
 
-def test_there_are_at_least_400_cases_of_all_classes() -> None:
-    assert len(ALL) >= 400
+def test_there_are_at_least_1000_cases_of_all_classes() -> None:
+    assert len(ALL) >= 1000
     classes = {name.split("/")[0] for name in ALL}
     assert {"external", "hidden", "bomb", "invalid", "name", "overwrite", "option", "inputs", "cache"} <= classes
+    assert {"command", "dim", "entry", "field", "nested", "pass-option", "text", "unpacked", "value"} <= classes
 
 
 def test_some_of_every_class() -> None:

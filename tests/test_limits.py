@@ -29,7 +29,8 @@ def test_limits_hold_inside_and_for_one_thread() -> None:
 
 @pytest.mark.parametrize(
     ("given", "word"),
-    [({"memroy": 1}, "did you mean 'memory'"), ({"memory": -1}, "above 0"), ({"memory": True}, "above 0"), (7, "dict")],
+    [({"memroy": 1}, "did you mean 'memory'"), ({"memory": -1}, "above 0"), ({"memory": True}, "above 0"), (7, "dict")]
+    + [({"seconds": number}, "at most 2") for number in (float("inf"), float("nan"), 1e300, 10**400)],
 )
 def test_wrong_limits_are_usage_errors(given: object, word: str) -> None:
     with pytest.raises(UsageError, match=word):
@@ -43,3 +44,9 @@ def test_inputs_that_the_user_gave_earn_memory_however_large_they_are() -> None:
     assert limits.earned_by(None) == limits.Limits()
     with limits.limited(limits.limits_of({"memory": 10})):
         assert limits.earned_by({"x": np.zeros(1)}).memory == 10 + 16 * 8
+
+
+def test_a_compressed_file_earns_what_it_holds_and_not_what_it_unpacks_to() -> None:
+    arrays, base = {"x": np.zeros((1000, 1000), np.float32)}, limits.Limits().memory
+    assert limits.earned_by(limits.Unpacked(arrays, 5000)).memory == base + 16 * 5000
+    assert limits.earned_by([limits.Unpacked(arrays, 10**9)]).memory == base + 16 * arrays["x"].nbytes

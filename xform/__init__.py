@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from xform.errors import (
@@ -23,6 +24,11 @@ from xform.version import __version__
 if TYPE_CHECKING:
     from xform.api import load, optimize
     from xform.optimized import Optimized
+
+# From 1.29 on ONNX Runtime reports names and hashes of the models that it loads over the network, and leaves a number
+# for the machine in the user's cache folder. It reads this once, when it is imported; its function that turns the
+# reports off comes too late. Who wants them sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "BudgetError",

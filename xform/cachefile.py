@@ -44,6 +44,18 @@ def cache_root() -> Path:
     return Path(base if os.path.isabs(base) else Path.home() / ".cache") / "xform"
 
 
+def entries() -> list[Path]:
+    """The files of all caches that could be read, for whoever must not write over them: links lead to none.
+
+    Raises:
+        RuntimeError: See `cache_root`.
+    """
+    root = cache_root()
+    folders = [] if root.is_symlink() or not root.is_dir() else [f for f in root.iterdir() if not f.is_symlink()]
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    return [file for file in files if file.is_file() and not file.is_symlink()]
+
+
 class CacheFolder:
     """One folder of entries.
 

@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from xform.errors import LimitError, UsageError
+from xform.text import shown
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ EARNED: Mapping[str, float] = {"memory": 16, "constants": 16, "nodes": 16, "dept
 UNITS: Mapping[str, str] = {"memory": "bytes", "constants": "bytes", "nodes": "", "depth": "", "seconds": "s"}
 _CURRENT: ContextVar[Limits | None] = ContextVar("xform_limits", default=None)  # None: the defaults
 _DEFAULT = Limits()
+MAX = 2**60  # of any limit: no machine has more, and sums of such numbers fit where numbers are bounded
 
 
 def current() -> Limits:
@@ -112,10 +114,24 @@ def limits_of(given: Mapping[str, float] | Limits | None) -> Limits:
             close = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the limits are: {', '.join(known)}"
             raise UsageError(f"there is no limit {name!r}", hint=hint)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
-            raise UsageError(f"limit {name!r} must be a number above 0, not {number!r}")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= MAX:
+            raise UsageError(f"limit {name!r} must be a number above 0 and at most 2^60, not {shown(repr(number))}")
     numbers: dict[str, Any] = dict(given)
     return replace(_DEFAULT, **numbers)
+
+
+class Unpacked(dict[str, Any]):
+    """Arrays by name, from a file that may be compressed: they bring what the file holds, not what it unpacks to.
+
+    Attributes:
+        packed: Bytes of the file.
+        nbytes: Bytes of the arrays.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], packed: int) -> None:
+        super().__init__(arrays)
+        self.packed = packed
+        self.nbytes = sum(map(_nbytes, arrays.values()))
 
 
 def earned_by(inputs: object) -> Limits:
@@ -125,9 +141,13 @@ def earned_by(inputs: object) -> Limits:
         inputs: One set of arrays by name, or a list of sets, of which the largest counts; anything else earns nothing.
     """
     sets = [inputs] if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list) else []
-    given = max((sum(_nbytes(v) for v in one.values()) for one in sets if isinstance(one, Mapping)), default=0)
+    given = max((_brought(one) for one in sets if isinstance(one, Mapping)), default=0)
     now = current()
     return replace(now, memory=int(now.memory + EARNED["memory"] * given))
+
+
+def _brought(arrays: Mapping[str, Any]) -> int:
+    return min(arrays.nbytes, arrays.packed) if isinstance(arrays, Unpacked) else sum(map(_nbytes, arrays.values()))
 
 
 def _nbytes(value: object) -> int:

@@ -6,6 +6,7 @@ graph that they were measured on (names are kept by passes that do not touch the
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 
 from xform.errors import UsageError
 from xform.graph.values import Array
+from xform.npz import read_npz
+from xform.text import shown
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,18 @@ Ranges = Mapping[str, ChannelRange]  # name of the norm's result -> range
 
 def save_ranges(path: str | Path, ranges: Ranges) -> None:
     """Write ranges to an .npz file: one array [2, C] per name."""
-    arrays: dict[str, Array] = {name: np.stack([r.low, r.high]) for name, r in ranges.items()}
-    with Path(path).open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    with Path(path).open("wb") as file, zipfile.ZipFile(file, "w") as archive:  # numpy.savez keeps names for itself
+        for name, found in ranges.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.stack([found.low, found.high]), allow_pickle=False)
 
 
 def load_ranges(source: str | Path | Ranges) -> Ranges:
     """Ranges from a file of `save_ranges`, or as they are.
 
     Raises:
-        UsageError: No such file, or not of this form.
+        UsageError: No such file, or not of this form; see `xform.npz.read_npz`.
+        LimitError: `memory`.
     """
     if isinstance(source, Mapping):
         return source
@@ -57,12 +62,9 @@ def load_ranges(source: str | Path | Ranges) -> Ranges:
             "this pass needs the ranges of activations",
             hint="measure them with xform.pipeline.calibration.norm_ranges and give them, or their file, as `ranges`",
         )
-    try:
-        with np.load(source, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name], np.float64) for name in file.files}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read ranges from {source}: {error}", hint="write them with save_ranges") from error
-    bad = [name for name, array in arrays.items() if array.ndim != 2 or array.shape[0] != 2]
+    arrays = read_npz(source, "the file of ranges")
+    bad = [name for name, a in arrays.items() if a.ndim != 2 or a.shape[0] != 2 or a.dtype.kind not in "fiu"]
     if bad:
-        raise UsageError(f"{source} does not hold ranges: {', '.join(bad[:3])} is not of shape [2, C]")
-    return {name: ChannelRange(array[0], array[1]) for name, array in arrays.items()}
+        what = f"the file of ranges holds {shown(bad[0])!r}, which is not numbers of shape [2, C]"
+        raise UsageError(what, where=str(source), hint="write the file with save_ranges")
+    return {name: ChannelRange(*array.astype(np.float64)) for name, array in arrays.items()}

@@ -92,3 +92,17 @@ def test_external_data_needs_a_file(tmp_path: Path) -> None:
     path = external(tmp_path)
     assert "not given as a file" in refusal(path.read_bytes())
     assert "not given as a file" in refusal(onnx.load(path, load_external_data=False))
+
+
+@pytest.mark.parametrize("key", ["location", "offset"])
+def test_entries_that_are_given_twice(tmp_path: Path, key: str) -> None:
+    """One reader takes the first, another the last."""
+    path = external(tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    entries = proto.graph.initializer[0].external_data
+    kept = [(entry.key, entry.value) for entry in entries]
+    del entries[:]
+    for name, value in [(key, "../other.bin" if key == "location" else "4096"), *kept]:
+        entries.add(key=name, value=value)
+    path.write_bytes(proto.SerializeToString())
+    assert f"gives its '{key}' twice" in refusal(path)

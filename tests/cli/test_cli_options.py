@@ -14,6 +14,7 @@ import onnx
 import pytest
 import typer.main
 from cli_support import Run
+from onnx import TensorProto, helper
 
 import xform as package
 from xform.cli import _build_app
@@ -189,12 +190,25 @@ class TestLimits:
             parse_limits(["nodes=1", "nodes=2"])
 
     def test_they_hold_for_what_the_command_reads(self, xform: CLI, mlp: Path, tmp_path: Path) -> None:
-        np.savez(tmp_path / "x.npz", x=np.zeros((1000, 8), np.float32))
+        np.savez_compressed(tmp_path / "x.npz", x=np.zeros((1000, 8), np.float32))
         run = xform("verify", mlp, mlp, "--inputs", "x.npz", "--limit", "memory=1kB")
         assert run.code in (2, 3) and "--limit memory=" in run.err
         run = xform("optimize", mlp, "--inputs", "x.npz", "--limit", "memory=1kB")
         assert run.code in (2, 3) and "--limit memory=" in run.err
         assert xform("optimize", mlp, "--limit", "memory=1GiB", "--threads", "1", "--input-shape", "x:2,8").code == 0
+
+    @pytest.mark.parametrize("command", ["verify", "explain", "bisect", "optimize"])
+    def test_given_inputs_raise_them_in_every_command(self, xform: CLI, tmp_path: Path, command: str) -> None:
+        """A run that takes more than the limit, and less than what the inputs earn."""
+        node = helper.make_node("Relu", ["x"], ["y"])
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1000]) for name in "xy"]
+        graph = helper.make_graph([node], "g", values[:1], values[1:])
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), "m.onnx")
+        rng = np.random.default_rng(3)
+        np.savez(tmp_path / "x.npz", x=rng.standard_normal((10_000, 1000)).astype(np.float32))
+        models = ["m.onnx", "m.onnx"] if command == "verify" else ["m.onnx"]
+        run = xform(command, *models, "--inputs", "x.npz", "--limit", "memory=10MB")
+        assert run.code == 0, run.err
 
 
 class TestInputShapes:

@@ -36,6 +36,14 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_file_that_an_option_of_a_pass_names_is_not_replaced(xform: CLI, mlp: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "ranges.onnx.npz", n=np.zeros((2, 3)))
+    (tmp_path / "ranges.onnx.npz").rename(tmp_path / "ranges.onnx")
+    before = _contents(tmp_path)
+    run = xform("optimize", mlp, "--set", "migrate_scales.ranges=ranges.onnx", "-o", "ranges.onnx")
+    assert run.code == 2 and "ranges.onnx" in run.err and _contents(tmp_path) == before
+
+
 READ = ["mlp.onnx", "w.bin", "x.npz", "samples/a.npz"]
 
 

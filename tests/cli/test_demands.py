@@ -26,7 +26,9 @@ def test_forms_of_a_requirement(text: str, expected: Requirement) -> None:
     assert parse_requirement(text) == expected
 
 
-@pytest.mark.parametrize("text", ["attention>=x", "attention>=-1", ">=1", "attention=>2", "attention>=1 gelu", ""])
+@pytest.mark.parametrize(
+    "text", ["attention>=x", "attention>=-1", ">=1", "attention=>2", "attention>=1 gelu", "", "gelu>=" + "9" * 5000]
+)
 def test_what_is_no_requirement(text: str) -> None:
     with pytest.raises(UsageError):
         parse_requirement(text)

@@ -14,7 +14,8 @@ import torch
 from support import parse
 
 import xform
-from xform.errors import UsageError, XformWarning
+from xform import limits
+from xform.errors import LimitError, UsageError, XformWarning
 from xform.pipeline.calibration_data import calibration_batches
 
 RNG = np.random.default_rng(21)
@@ -148,3 +149,17 @@ def test_a_result_on_zeros_is_told_in_python_and_in_the_report():
     with pytest.warns(XformWarning, match="'x' is 0.0 everywhere"):
         result = xform.optimize(graph(), preset="int8", calibration=[sample(x=np.zeros((4, 96), np.float32))])
     assert any("everywhere" in warning for warning in result.report.warnings)
+
+
+def test_all_files_of_a_folder_count_together(tmp_path: Path) -> None:
+    zeros = np.zeros((4000, 96), np.float32)
+    for number in range(3):
+        np.savez_compressed(tmp_path / f"{number}.npz", x=zeros, ids=np.arange(4000))
+    with limits.limited(limits.limits_of({"memory": 20 * zeros.nbytes})), pytest.raises(LimitError):
+        calibration_batches(graph(), tmp_path)
+
+
+def test_what_the_model_does_not_take_is_left_out_and_told() -> None:
+    with pytest.warns(XformWarning, match="'mask', which is no input of the model, and was left out"):
+        batches, told = calibration_batches(graph(), [sample(mask=np.ones(4)), sample()])
+    assert [set(batch) for batch in batches] == [{"x", "ids"}] * 2 and "'mask'" in told

@@ -12,7 +12,7 @@ import torch
 from support import parse
 
 import xform
-from xform.errors import UsageError
+from xform.errors import UsageError, XformWarning
 from xform.passes.integer import QuantizeProducts
 from xform.pipeline.calibration_data import MAX_BATCHES, RANDOM_BATCHES, calibration_batches
 from xform.pipeline.sensitivity import Trial, _without_pads, relative_error, search
@@ -200,7 +200,8 @@ def test_a_file_a_folder_a_dict_and_an_iterable_give_batches(tmp_path: Path) -> 
     np.savez(tmp_path / "a.npz", **one, more=np.ones(3))  # what the graph does not read is left out
     from_file, warning = calibration_batches(model, tmp_path / "b.npz")
     assert warning == "" and [set(b) for b in from_file] == [{"x"}]
-    folder, _ = calibration_batches(model, str(tmp_path))
+    with pytest.warns(XformWarning, match="'more'"):
+        folder, _ = calibration_batches(model, str(tmp_path))
     iterated, _ = calibration_batches(model, iter([one, two]))
     for found in (folder, iterated):
         for got, wanted in zip(found, (one, two), strict=True):

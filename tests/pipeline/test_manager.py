@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from xform.errors import UsageError, VerificationError
+from xform.passes.integer import ApproximateGelu
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.oracle import run_model
 from xform.rewrite.passes import Pass, PassContext
@@ -215,3 +217,11 @@ def test_unknown_mode(planted):
 def test_a_pass_that_raises_is_named_with_file_and_line(planted):
     result = run_pipeline(planted.chain(), [planted.Raising()])
     assert re.search(r"RuntimeError: planted \(conftest\.py:\d+\)", result.passes[0].reason)
+
+
+def test_a_wrong_option_is_the_users_to_mend_and_no_fault_of_the_pass():
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 18]> g (float[2,4] x) => (float[2,4] y) { y = Relu(x) }'
+    )
+    with pytest.raises(UsageError, match="form must be"):
+        run_pipeline(ir.from_proto(proto), [ApproximateGelu(form="nonsense")])

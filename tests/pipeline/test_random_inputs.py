@@ -11,7 +11,7 @@ import pytest
 
 from xform.errors import UsageError
 from xform.pipeline.input_roles import Role, role_of
-from xform.pipeline.random_inputs import candidate_cases, random_inputs
+from xform.pipeline.random_inputs import candidate_cases, check_named, random_inputs
 from xform.pipeline.sizes import evaluate, input_dims, meaning_of, proposals
 
 
@@ -98,6 +98,25 @@ def test_unsigned_bytes_use_the_whole_range():
     assert inputs["x"].max() > 200
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"x": np.ones(2, bool)}, "input 'x' is float32, but an array of bool"),
+        (
+            {"x": np.array([1.0, 1e300])},
+            "'x' is float32, and the array of float64 that was given holds numbers",
+        ),
+        ({"i": np.array([1, 2**40])}, "'i' is int32, and the array of int64"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_dtype(given, told):
+    model = parse("g (float[n] x, int32[n] i) => (float[n] y, int32[n] z) { y = Identity(x) z = Identity(i) }")
+    with pytest.raises(UsageError, match=told):
+        check_named(model, given)
+    fitting = check_named(model, {"x": np.array([1.0, -np.inf]), "i": np.array([1, 2])})
+    assert (fitting["x"].dtype, fitting["i"].dtype) == (np.float32, np.int32)
+
+
 def test_two_sizes_consistent_across_inputs(planted):
     text = "g (float[batch,sequence] a, float[sequence,batch] b) => (float[batch,batch] y) { y = MatMul(a, b) }"
     first, second = islice(candidate_cases(parse(text)), 2)
@@ -182,3 +201,21 @@ def test_sequence_input():
     model = parse("g (seq(float[2]) x) => (float[N] y) { y = ConcatFromSequence<axis=0>(x) }")
     value = random_inputs(model)["x"]
     assert isinstance(value, list) and value[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("9**9**9**9", OverflowError), ("9**62 * a", OverflowError), ("a // 0", ZeroDivisionError),
+        ("a % (a - a)", ZeroDivisionError), ("'x' * 9", KeyError), ("1e999", KeyError), ("True + a", KeyError),
+        ("(" * 900 + "a" + ")" * 90, KeyError), ("+".join(["a"] * 2000), KeyError), ("9" * 900, KeyError),
+        ("a + \0", KeyError), ("a.b", KeyError), ("b + 1", KeyError),
+    ],
+)  # fmt: skip
+def test_expressions_that_have_no_value(name, error):
+    with pytest.raises(error):
+        evaluate(name, {"a": 7})
+    model = parse("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
+    model.graph.inputs[0].shape = ir.Shape([name, 4])
+    for case in islice(candidate_cases(model), 2):  # a name that is no expression is a symbol, others fit no size
+        assert error is KeyError and case.arrays["x"].shape[1] == 4

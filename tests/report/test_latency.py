@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from xform.errors import TargetError
-from xform.report.latency import Timing, compare, figures, measure, typical_rounds
+from xform.report.latency import Deployed, Loaded, Timing, compare, figures, measure, typical_rounds
 
 
 def _model(path: Path, products: int) -> Path:
@@ -62,6 +62,29 @@ def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
 def test_inputs_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="could not run"):
         measure([_model(tmp_path / "m.onnx", 1)], {"z": FEEDS["x"]}, rounds=1, seconds=0)
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "../x", "a b", ""])
+def test_an_input_may_have_any_name(tmp_path: Path, name: str) -> None:
+    model = onnx.load(_model(tmp_path / "m.onnx", 1))
+    name = name or "x" * 300
+    model.graph.input[0].name = model.graph.node[0].input[0] = name
+    onnx.save(model, tmp_path / "m.onnx")
+    (timing,) = measure([tmp_path / "m.onnx"], {name: FEEDS["x"]}, rounds=1, seconds=0)
+    assert timing.runs >= 2
+
+
+def test_what_is_loaded_stays_until_it_is_let_go(tmp_path: Path) -> None:
+    first, second = (Deployed(_model(tmp_path / f"{n}.onnx", n)) for n in (1, 2))
+    with Loaded() as loaded:
+        contenders = loaded.contenders([first, second], FEEDS, 1)
+        assert len(measure([second], FEEDS, rounds=1, seconds=0, threads=1, loaded=loaded)) == 1
+        assert loaded.contenders([second, first], FEEDS, 1) == contenders[::-1]
+        loaded.keep([second])
+        assert [one.alive for one in contenders] == [False, True]
+        again, other = loaded.contenders([second, second], FEEDS, 1)  # one model twice takes two processes
+        assert again is contenders[1] and other not in contenders and other.alive
+    assert not contenders[1].alive and not other.alive
 
 
 def test_speedup_is_taken_within_rounds() -> None:

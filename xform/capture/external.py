@@ -91,6 +91,10 @@ def check_external(tensors: Iterable[tuple[onnx.TensorProto, str]], folder: Path
                 hint="give the path of the .onnx file, or load the data first (onnx.load_external_data_for_model)",
             )
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        if len(entries) < len(tensor.external_data):
+            keys = [entry.key for entry in tensor.external_data]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ModelError(f"external data gives its {twice!r} twice: readers would disagree", where=place)
         _check_range(
             entries.get("location", ""),
             _whole_number(entries.get("offset", "0"), place),

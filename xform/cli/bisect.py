@@ -22,10 +22,10 @@ from xform.cli.common import (
     TargetText,
     ToleranceOption,
     examples,
+    given_inputs,
     in_limits,
     model_source,
     parse_sizes,
-    read_inputs,
     session_of,
 )
 from xform.cli.pass_options import requested_passes
@@ -66,8 +66,8 @@ def bisect(
 
     session = session_of(context)
     wanted = requested_passes(preset, passes, set_)
-    source, feeds = model_source(model), read_inputs(inputs)
-    with in_limits(limit), progress_bar(session, "reading") as advance:
+    source = model_source(model)
+    with in_limits(limit), given_inputs(inputs) as feeds, progress_bar(session, "reading") as advance:
         captured, original = capture_onnx(source), OriginalModel(source)
         request = Request.of(
             target, preset, wanted, None, None, tolerance, "off", False, LowerOptions(compile_only=True), advance

@@ -5,10 +5,11 @@ Heavy packages are imported by the commands, inside their functions: `xform --he
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -181,9 +182,9 @@ def parse_limits(texts: Sequence[str] | None) -> dict[str, float] | None:
 
 
 def _number(text: str, what: str) -> float:
-    match = re.fullmatch(r"\d+(\.\d+)?", text)
+    match = re.fullmatch(r"\d{1,18}(\.\d{1,18})?", text)
     if match is None:
-        raise UsageError(f"{what}: {shown(text)!r} is not a number")
+        raise UsageError(f"{what}: {shown(text)!r} is not a number", hint="write at most 18 digits")
     return float(text) if match[1] else int(text)
 
 
@@ -215,8 +216,8 @@ def read_inputs(path: Path | None) -> dict[str, npt.NDArray[Any]] | None:
         UsageError: The file cannot be read or trusted, or nothing can be learned from its arrays: see `read_npz` and
             `check_useful`.
     """
+    from xform.npz import read_npz
     from xform.pipeline.given import check_useful
-    from xform.pipeline.npz import read_npz
 
     if path is None:
         return None
@@ -224,6 +225,16 @@ def read_inputs(path: Path | None) -> dict[str, npt.NDArray[Any]] | None:
     arrays = read_npz(path, "the inputs file")
     check_useful(arrays, "the inputs file", str(path))
     return arrays
+
+
+@contextlib.contextmanager
+def given_inputs(path: Path | None) -> Iterator[dict[str, npt.NDArray[Any]] | None]:
+    """The arrays of `read_inputs`; inside, the limits are raised by what they earn."""
+    from xform.limits import earned_by, limited
+
+    arrays = read_inputs(path)
+    with limited(earned_by(arrays)):
+        yield arrays
 
 
 def parse_dynamic(texts: Sequence[str] | None) -> str | dict[str, tuple[int, int]] | None:

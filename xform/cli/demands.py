@@ -13,6 +13,7 @@ from xform.errors import BudgetError, RequirementError, UsageError
 from xform.report.schema import LatencyReport
 from xform.report.terminal import findings, place_list
 from xform.rewrite.remarks import Remark
+from xform.text import shown
 
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
     ">=": operator.ge,
@@ -51,13 +52,13 @@ def parse_requirement(text: str) -> Requirement:
     """
     from xform.report.concepts import CONCEPTS
 
-    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(?:(>=|<=|==|!=|=|>|<)\s*(\d+))?\s*", text)
+    match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(?:(>=|<=|==|!=|=|>|<)\s*(\d{1,18}))?\s*", text)
     if match is None:
-        raise UsageError(f"--require {text!r} is no requirement", hint="write for example attention>=12")
+        raise UsageError(f"--require {shown(text)!r} is no requirement", hint="write for example attention>=12")
     name = match[1]
     if name not in CONCEPTS and not _is_operator(name):
         raise UsageError(
-            f"--require {text!r}: {name!r} is neither a concept nor an operator", hint=closest(name, CONCEPTS)
+            f"--require {shown(text)!r}: {name!r} is neither a concept nor an operator", hint=closest(name, CONCEPTS)
         )
     return Requirement(name, match[2] or ">=", int(match[3]) if match[3] else 1)
 

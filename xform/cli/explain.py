@@ -21,9 +21,9 @@ from xform.cli.common import (
     VerifyMode,
     closest,
     examples,
+    given_inputs,
     in_limits,
     model_source,
-    read_inputs,
     session_of,
     verify_mode,
 )
@@ -73,8 +73,8 @@ def explain(
     name = ALIASES.get(concept, concept) if concept is not None else None
     if name is not None and not name.strip():
         raise UsageError("CONCEPT is empty", hint="leave it out to see everything")
-    with in_limits(limit):
-        source, feeds = model_source(model), read_inputs(inputs)
+    source = model_source(model)
+    with in_limits(limit), given_inputs(inputs) as feeds:
         captured = capture_onnx(source)
         with progress_bar(session, "reading") as advance:
             request = Request.of(

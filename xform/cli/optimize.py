@@ -208,7 +208,7 @@ def optimize(
     measured = measure or max_latency_ratio is not None
     if model == STANDARD and measured:
         raise UsageError("--measure and --max-latency-ratio take a file, not -", hint="give the model's file")
-    check_outputs(session, model, output, report, backend, target, inputs, calibration)
+    check_outputs(session, model, output, report, backend, target, inputs, calibration, set_)
     limits = parse_limits(limit)
     shapes = parse_input_shapes(input_shape)
     with in_limits(limit):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from xform.cli.common import STANDARD, Session, no_standard
@@ -19,8 +20,12 @@ def check_outputs(
     target: str,
     inputs: Path | None,
     calibration: Path | None,
+    settings: Sequence[str] | None = None,
 ) -> None:
     """Refuse outputs that cannot be written, whose format is not known, or that would overwrite what the run reads.
+
+    Args:
+        settings: Options of passes, "PASS.OPTION=VALUE": a value may name a file.
 
     Raises:
         UsageError: See above.
@@ -44,7 +49,7 @@ def check_outputs(
     if output is not None and report is not None and output.resolve() == report.resolve():
         raise UsageError("-o and --report name one file", where=str(output), hint="give them two names")
     if written:
-        refuse_overwriting(written, _read(model, inputs, calibration, written))
+        refuse_overwriting(written, _read(model, [inputs, calibration, *_named(settings)], written))
 
 
 def _check_suffix(output: Path, backend: str | None, target: str) -> None:
@@ -56,9 +61,13 @@ def _check_suffix(output: Path, backend: str | None, target: str) -> None:
         check_suffix(output, chosen)
 
 
-def _read(model: Path, inputs: Path | None, calibration: Path | None, written: list[Path]) -> list[Path]:
+def _named(settings: Sequence[str] | None) -> list[Path]:
+    return [Path(text.partition("=")[2].strip()) for text in settings or ()]
+
+
+def _read(model: Path, given: Sequence[Path | None], written: list[Path]) -> list[Path]:
     """Every file that the run reads and an output could overwrite."""
-    from xform.cachefile import cache_root
+    from xform.cachefile import entries
     from xform.graph.atomic import beside
 
     if not any(path.exists() for output in written for path in (output, *beside(output))):
@@ -66,9 +75,9 @@ def _read(model: Path, inputs: Path | None, calibration: Path | None, written: l
     from xform.capture.onnx_file import files_of
 
     read = [] if model == STANDARD else files_of(model)
-    read += [path for path in (inputs, calibration) if path is not None]
-    if calibration is not None and calibration.is_dir():
-        read += [path for path in calibration.iterdir() if path.is_file()]
-    with contextlib.suppress(RuntimeError):  # a user without a home folder has no cache
-        read += [path for path in cache_root().glob("*/*") if path.is_file()]
+    for path in given:
+        if path is not None and path != Path():
+            read += [path] if not path.is_dir() else [one for one in path.iterdir() if one.is_file()]
+    with contextlib.suppress(RuntimeError, OSError):  # a user without a home folder, or rights on it, has no cache
+        read += entries()
     return read

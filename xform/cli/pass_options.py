@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from xform.cli.common import closest, split_names
 from xform.errors import UsageError
+from xform.text import shown
 
 if TYPE_CHECKING:
     from xform.rewrite.passes import Pass
@@ -34,7 +35,7 @@ def parse_settings(texts: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     for text in texts or ():
         match = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", text)
         if match is None:
-            raise UsageError(f"--set {text!r} is no option of a pass", hint="write PASS.OPTION=VALUE")
+            raise UsageError(f"--set {shown(text)!r} is no option of a pass", hint="write PASS.OPTION=VALUE")
         pass_name, option, value = match[1], match[2], match[3].strip()
         settings.setdefault(pass_name, {})[option] = convert(value, option_type(pass_name, option), text)
     return settings
@@ -67,7 +68,7 @@ def convert(value: str, kind: Any, text: str) -> Any:
         except ValueError:
             continue
     wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
-    raise UsageError(f"--set {text!r}: {value!r} is not of type {wanted.replace('NoneType', 'none')}")
+    raise UsageError(f"--set {shown(text)!r}: {value!r} is not of type {wanted.replace('NoneType', 'none')}")
 
 
 def _as(value: str, kind: Any) -> Any:

@@ -19,11 +19,11 @@ from xform.cli.common import (
     Sizes,
     ToleranceOption,
     examples,
+    given_inputs,
     in_limits,
     model_source,
     no_standard,
     parse_sizes,
-    read_inputs,
     session_of,
 )
 from xform.errors import UsageError, VerificationError
@@ -70,8 +70,7 @@ def verify(
         raise UsageError(f"--fidelity {shown(fidelity)!r} is unknown", hint="use exact or approximate")
     no_standard(candidate, "CANDIDATE", "only REFERENCE can come from stdin")
     sizes = parse_sizes(size)
-    with in_limits(limit):
-        feeds = read_inputs(inputs)
+    with in_limits(limit), given_inputs(inputs) as feeds:
         outcome = compare(
             capture_onnx(model_source(reference)),
             capture_onnx(candidate),

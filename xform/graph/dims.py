@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+LONGEST = 1000  # characters of a name that are read as an expression; a file may hold one of any length
+_DIGITS = 18  # of a number in it
 Monomial = tuple[str, ...]  # sorted symbols, repeated for powers; () for the constant term
-_AT_MOST = re.compile(r"min\((\d+), (.+)\)")
+_AT_MOST = re.compile(r"min\((\d{1,18}), (.+)\)")
 _TOKEN = re.compile(r"\s\+\s|\s-\s|\s*\*\s*|[^\s*]+")
 
 
@@ -43,7 +45,7 @@ def parse(name: str) -> Expr:
     """The expression that a dim name spells: sums (with spaces around the sign) of products of names and integers."""
     if name.isidentifier():
         return symbol(name)
-    if any(c in name for c in "()/%,^") or "**" in name:
+    if len(name) > LONGEST or any(c in name for c in "()/%,^") or "**" in name:
         return symbol(name)
     tokens = _TOKEN.findall(name.strip())
     if "".join(tokens) != name.strip() or len(tokens) % 2 == 0:
@@ -66,7 +68,7 @@ def parse(name: str) -> Expr:
 
 
 def _atom(text: str) -> Expr:
-    return int(text) if text.isdecimal() else symbol(text)
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else symbol(text)
 
 
 def _terms(value: Expr) -> dict[Monomial, int]:
@@ -175,10 +177,15 @@ def evaluate(value: Expr, bindings: Mapping[str, int], default: int = 1) -> int:
 
 
 def _value_of(name: str, bindings: Mapping[str, int], default: int) -> int:
-    bounded = _AT_MOST.fullmatch(name)
+    bounded = _bounded(name)
     if name in bindings or bounded is None:
         return bindings.get(name, default)
     return min(int(bounded[1]), evaluate(parse(bounded[2]), bindings, default))
+
+
+def _bounded(name: str) -> re.Match[str] | None:
+    """The parts of a name that `at_most` made."""
+    return _AT_MOST.fullmatch(name) if len(name) <= LONGEST else None
 
 
 def is_positive(value: Expr) -> bool:
@@ -215,6 +222,6 @@ def symbols(value: Expr) -> set[str]:
     found: set[str] = set()
     for names, _ in _terms(value).items():
         for name in names:
-            bounded = _AT_MOST.fullmatch(name)
+            bounded = _bounded(name)
             found |= {name} if bounded is None else symbols(parse(bounded[2]))
     return found

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.errors import UsageError, XformError
-from xform.pipeline.npz import read_npz
+from xform.limits import Unpacked
+from xform.npz import read_npz
 from xform.pipeline.oracle import to_numpy
 from xform.pipeline.random_inputs import random_inputs, required_inputs
 from xform.tell import tell
@@ -47,15 +48,21 @@ def calibration_batches(model: ir.Model, given: Any, flatten: Flatten | None = N
 
     Raises:
         UsageError: Nothing usable was given: an input is missing, empty, not finite, or of another dtype, rank or size.
-        LimitError: A file holds more than the limit "memory".
+        LimitError: The files hold more than the limit "memory".
     """
     if given is None:
         tell(WARNING)
         return [random_inputs(model, seed) for seed in range(1, RANDOM_BATCHES + 1)], WARNING
-    batches = [_checked(model, sample, place) for place, sample in _samples(given, flatten)]
+    batches, unread = [], dict[str, None]()
+    for place, sample in _samples(given, flatten):
+        batches.append(_checked(model, sample, place))
+        unread.update(dict.fromkeys(shown(name) for name in sample if name not in batches[-1]))
     if not batches:
         raise UsageError("the calibration data is empty", hint=_FORMS)
     warnings = list(_says_little(model, batches))
+    if unread and flatten is None:  # a module's arguments that its graph does not read are no inputs of a graph
+        names = ", ".join(map(repr, list(unread)[:8]))
+        warnings.append(f"the calibration data holds {names}, which is no input of the model, and was left out")
     for warning in warnings:
         tell(warning)
     return batches, "; ".join(warnings)
@@ -64,8 +71,10 @@ def calibration_batches(model: ir.Model, given: Any, flatten: Flatten | None = N
 def _samples(given: Any, flatten: Flatten | None) -> Iterator[tuple[str, Batch]]:
     """Each sample, with the place where it comes from for errors."""
     if isinstance(given, str | os.PathLike):
+        kept: list[Unpacked] = []
         for path in _files(Path(given)):
-            yield str(path), dict(read_npz(path, _FILE))
+            kept.append(read_npz(path, _FILE, kept))
+            yield str(path), kept[-1]
     elif isinstance(given, Mapping):
         yield "calibration", dict(given)
     elif isinstance(given, Iterable) and not isinstance(given, bytes | bytearray | np.ndarray):

@@ -18,7 +18,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from xform.errors import UsageError, VerificationError, XformError
+from xform.errors import LimitError, UsageError, VerificationError, XformError
 from xform.graph.check import Interface, check
 from xform.graph.clone import clone
 from xform.pipeline.oracle import Oracle
@@ -234,6 +234,8 @@ class _Run:
 
         Raises:
             _PassFailedError: The pass raised or broke the structure; `model` may be in any state.
+            UsageError, LimitError: An option of the pass, or a file that it names, is wrong or too large: that is the
+                user's to mend, and no fault of the pass.
         """
         stand = zip(self.passes, done, strict=False)  # one report for each pass that ran
         earlier = tuple(passed for passed, report in stand if report.status != "rolled_back")
@@ -244,6 +246,8 @@ class _Run:
             changed = one.run(model, context)
             seconds = time.perf_counter() - start
             problem = self._problem(model) if changed or check_always else None
+        except (UsageError, LimitError):
+            raise
         except Exception as error:
             _LOG.debug("pass %s raised", one.name, exc_info=True)
             where = error.where if isinstance(error, XformError) else ()

@@ -91,7 +91,8 @@ def random_inputs(
     case = next(candidate_cases(model, seed, sizes, overrides), None)
     if case is None:
         raise UsageError(
-            f"random inputs would have more than {MAX_ELEMENTS} elements", hint="give inputs, or sizes of dynamic dims"
+            f"no random inputs of at most {MAX_ELEMENTS} elements fit the declared shapes",
+            hint="give inputs, or sizes of dynamic dims",
         )
     return dict(case.arrays)
 
@@ -127,8 +128,12 @@ def candidate_cases(
 
 
 def fits(dims: Sequence[InputDims], sizes: Sizes) -> bool:
-    """Whether inputs of these sizes can be drawn in reasonable memory."""
-    return sum(math.prod(max(evaluate(dim, sizes), 0) for dim in entry.dims or ()) for entry in dims) <= MAX_ELEMENTS
+    """Whether inputs of these sizes exist, and can be drawn in reasonable memory."""
+    try:
+        counts = [math.prod(max(evaluate(dim, sizes), 0) for dim in entry.dims or ()) for entry in dims]
+    except (KeyError, ArithmeticError):
+        return False
+    return sum(counts) <= MAX_ELEMENTS
 
 
 def draw(
@@ -203,9 +208,26 @@ def _conform(array: Any, value: ir.Value) -> Any:
     wanted = value.dtype.numpy()
     if array.dtype == wanted:
         return array
-    if not np.can_cast(array.dtype, wanted, "same_kind"):
-        raise UsageError(f"input {value.name!r} is {wanted}, but an array of {array.dtype} was given")
-    return array.astype(wanted)
+    if not np.can_cast(array.dtype, wanted, "same_kind") or array.dtype.kind == "b":
+        raise UsageError(
+            f"input {value.name!r} is {wanted}, but an array of {array.dtype} was given",
+            hint=f"convert it, for example with .astype({wanted})",
+        )
+    return _narrowed(array, wanted, value)
+
+
+def _narrowed(array: Any, wanted: np.dtype[Any], value: ir.Value) -> Any:
+    """The array in another dtype of its kind. Raises UsageError where a number is too large for that."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(wanted)
+        kept = converted == array if wanted.kind in "iu" else np.isfinite(converted) | ~np.isfinite(array)
+    if not np.all(kept):
+        raise UsageError(
+            f"input {value.name!r} is {wanted}, and the array of {array.dtype} that was given holds numbers too large "
+            "for that",
+            hint="give numbers that the model can take",
+        )
+    return converted
 
 
 def sizes_from(given: Mapping[str, Any], dims: Sequence[InputDims]) -> Sizes:

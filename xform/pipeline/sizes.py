@@ -16,6 +16,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from xform.graph.dims import LONGEST
 from xform.graph.values import Dim, shape_of
 
 Meaning = Literal["batch", "sequence", "past", "channels", "space", "heads", "other"]
@@ -53,6 +54,12 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
+
+
+_ALLOWED = (ast.BinOp, ast.Name, ast.Constant, ast.operator, ast.Load)
+_ARITHMETIC = re.compile(r"[\w\s+*/%()-]+")
+_BITS = 63
+_LARGEST = 2**_BITS - 1  # what a dim can be
 
 
 @dataclass(frozen=True)
@@ -129,14 +136,18 @@ def _names_in(symbol: str) -> list[str]:
 
 def _expression(symbol: str) -> ast.expr | None:
     """The symbol as an arithmetic expression of other symbols, or None if it is a plain name."""
-    if symbol.isidentifier() or symbol.startswith("?"):
+    if symbol.isidentifier() or symbol.startswith("?") or len(symbol) > LONGEST or not _ARITHMETIC.fullmatch(symbol):
         return None
     try:
         tree = ast.parse(symbol, mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # as the parser says that it is none, or too deep
         return None
-    allowed = (ast.BinOp, ast.Name, ast.Constant, ast.operator, ast.Load)
-    return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
+    return tree if all(isinstance(node, _ALLOWED) and _is_plain(node) for node in ast.walk(tree)) else None
+
+
+def _is_plain(node: ast.AST) -> bool:
+    """Whether a number is one that a dim can have; True for all that is no number."""
+    return not isinstance(node, ast.Constant) or (type(node.value) is int and node.value <= _LARGEST)
 
 
 def evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
@@ -144,6 +155,7 @@ def evaluate(dim: int | str, sizes: Mapping[str, int]) -> int:
 
     Raises:
         KeyError: A symbol has no size.
+        ArithmeticError: The expression has no value (a division by zero), or one that no dim can have.
     """
     if isinstance(dim, int):
         return dim
@@ -161,7 +173,13 @@ def _evaluate(tree: ast.expr, sizes: Mapping[str, int]) -> int:
     if isinstance(tree, ast.Name):
         return sizes[tree.id]
     if isinstance(tree, ast.BinOp) and type(tree.op) in _OPERATORS:
-        return _OPERATORS[type(tree.op)](_evaluate(tree.left, sizes), _evaluate(tree.right, sizes))
+        left, right = _evaluate(tree.left, sizes), _evaluate(tree.right, sizes)
+        if isinstance(tree.op, ast.Pow) and not 0 <= right < _BITS:
+            raise OverflowError(ast.unparse(tree))
+        number = _OPERATORS[type(tree.op)](left, right)
+        if abs(number) > _LARGEST:
+            raise OverflowError(ast.unparse(tree))
+        return number
     raise KeyError(ast.unparse(tree))
 
 

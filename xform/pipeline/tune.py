@@ -1,13 +1,13 @@
 """Measured choice: where several lowerings compete, the one that runs fastest on this machine.
 
-Each candidate is lowered, saved, and run in a process of its own with the settings of its artifact; they take turns,
-and are compared round by round (`xform.report.latency`), but for those that took several times as long as the fastest
-when each was tried alone; those that come near the fastest meet once more, in more rounds, and if another one leads
-then, a third time, since a machine that others use too has phases in which one runtime loses more than another. All
-rounds of those that are left count. The model as it came is always among them: if nothing is faster, it is what the
-user gets. A decision is remembered by what the graphs are (without the numbers in their weights), the machine, the
-versions of the runtimes, the state of xform's own code and the sizes of the inputs, so that the same call decides the
-same without a clock.
+Each candidate is lowered, saved, and run in a process of its own with the settings of its artifact, which stays as long
+as the candidate is in the running; they take turns, and are compared round by round (`xform.report.latency`), but for
+those that took several times as long as the fastest when each was tried alone; those that come near the fastest meet
+once more, in more rounds, and if another one leads then, a third time, since a machine that others use too has phases
+in which one runtime loses more than another. All rounds of those that are left count. The model as it came is always
+among them: if nothing is faster, it is what the user gets. A decision is remembered by what the graphs are (without the
+numbers in their weights), the machine, the versions of the runtimes, the state of xform's own code and the sizes of the
+inputs, so that the same call decides the same without a clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from xform.cachefile import CacheFolder
 from xform.errors import TargetError, XformError
 from xform.graph.fingerprint import fingerprint
 from xform.report.environment import Environment, code_fingerprint
-from xform.report.latency import Deployed, Timing, measure
+from xform.report.latency import Deployed, Loaded, Timing, measure
 from xform.target import Target
 from xform.text import paragraph
 
@@ -194,7 +194,7 @@ def _measure(
     progress: Callable[[str, int, int], None] | None,
 ) -> list[str]:
     """Fill in the figures; gives the labels of those that met, in their order: figures of one alone say little."""
-    with tempfile.TemporaryDirectory(prefix="xform-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="xform-tune-") as folder, Loaded() as loaded:
         subjects = {}
         for index, (label, artifact) in enumerate(artifacts.items()):
             path = Path(folder, f"{index}.onnx")
@@ -203,7 +203,7 @@ def _measure(
         alone = {}
         for label, subject in subjects.items():
             try:
-                (alone[label],) = measure([subject], feeds, rounds=1, seconds=0.0)
+                (alone[label],) = measure([subject], feeds, rounds=1, seconds=0.0, loaded=loaded)
             except TargetError as error:
                 decision.failed[label] = error.what
         if not alone:
@@ -218,7 +218,8 @@ def _measure(
             once = sum(max(seconds, _RUNS * decision.milliseconds[label] / 1e3) for label in meeting)
             rounds = max(_FEWEST_ROUNDS, min(planned, int(_HEAT_SECONDS[mode] / once)))
             met = [subjects[label] for label in meeting]
-            measured = measure(met, feeds, rounds=rounds, seconds=seconds, progress=progress)
+            loaded.keep(met)
+            measured = measure(met, feeds, rounds=rounds, seconds=seconds, progress=progress, loaded=loaded)
             heat = dict(zip(meeting, measured, strict=True))
             pooled = {label: pooled[label].followed_by(t) if label in pooled else t for label, t in heat.items()}
             _record(decision, pooled)

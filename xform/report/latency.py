@@ -9,6 +9,7 @@ slow (`typical_rounds`), and a ratio is the quotient of the two figures beside i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -118,6 +119,7 @@ def measure(
     seconds: float = 0.3,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    loaded: Loaded | None = None,
 ) -> list[Timing]:
     """Measure models, each with what runs it: a bare path stands for ONNX Runtime with its default settings.
 
@@ -128,24 +130,14 @@ def measure(
         seconds: How long one measurement runs (at least a few runs).
         threads: Intra-op threads; None for the runtime's default.
         progress: Called with what was measured, how many measurements are done, and how many there are.
+        loaded: Keeps the models loaded for further measurements on the same feeds; None lets go of them.
 
     Raises:
         TargetError: A model could not be loaded or run.
     """
-    with tempfile.TemporaryDirectory(prefix="xform-bench-") as folder:
-        inputs = Path(folder, "feeds.npz")
-        with inputs.open("wb") as file:
-            arrays: dict[str, Any] = {name: np.asarray(value) for name, value in feeds.items()}
-            np.savez(file, **arrays)
-        workers: list[_Contender] = []
-        try:
-            for model in models:
-                subject = model if isinstance(model, Deployed) else Deployed(model)
-                workers.append(_Contender(subject, inputs, threads))
-            return _take_turns(workers, rounds, seconds, progress)
-        finally:
-            for worker in workers:
-                worker.close()
+    subjects = [model if isinstance(model, Deployed) else Deployed(model) for model in models]
+    with Loaded() if loaded is None else contextlib.nullcontext(loaded) as pool:
+        return _take_turns(pool.contenders(subjects, feeds, threads), rounds, seconds, progress)
 
 
 def compare(before: Path | Deployed, after: Path | Deployed, feeds: Mapping[str, Any], **options: Any) -> LatencyReport:
@@ -180,10 +172,64 @@ def _take_turns(
     ]
 
 
+class Loaded:
+    """Models that stay loaded between measurements, as starting a process and loading a model take a second each.
+
+    Use as a context manager; all measurements are on the same feeds and threads.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="xform-bench-")
+        self._waiting: list[_Contender] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.keep(())
+        self._folder.cleanup()
+
+    def contenders(
+        self, subjects: Sequence[Deployed], feeds: Mapping[str, Any], threads: int | None
+    ) -> list[_Contender]:
+        """A process for each, one that waits or a new one. Raises TargetError."""
+        path = Path(self._folder.name, "feeds.npz")
+        if not path.exists():
+            _write_feeds(path, feeds)
+        free = [one for one in self._waiting if one.alive]
+        found = []
+        for subject in subjects:
+            contender = next((one for one in free if one.subject == subject), None)
+            if contender is None:
+                contender = _Contender(subject, path, list(feeds), threads)
+                self._waiting.append(contender)
+            else:
+                free.remove(contender)
+            found.append(contender)
+        return found
+
+    def keep(self, subjects: Sequence[Deployed]) -> None:
+        """Let go of all models but these."""
+        for contender in self._waiting:
+            if contender.subject not in subjects:
+                contender.close()
+        self._waiting = [one for one in self._waiting if one.alive]
+
+
+def _write_feeds(path: Path, feeds: Mapping[str, Any]) -> None:
+    """Arrays by place: an input may have a name that `numpy.savez` or a zip archive has another use for."""
+    arrays: dict[str, Any] = {}
+    for place, value in enumerate(feeds.values()):
+        array = np.asarray(value)
+        arrays[str(place)] = array.astype(np.str_) if array.dtype.kind == "O" else array
+    np.savez(path, **arrays)
+
+
 class _Contender:
     """A worker process with one model loaded."""
 
-    def __init__(self, subject: Deployed, feeds: Path, threads: int | None) -> None:
+    def __init__(self, subject: Deployed, feeds: Path, names: list[str], threads: int | None) -> None:
+        self.subject = subject
         self.model = subject.model
         # -P keeps the worker's folder off its module path: files there must not shadow installed modules
         command = [sys.executable, "-P", str(_WORKER)]
@@ -191,7 +237,16 @@ class _Contender:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         how = {"backend": subject.backend, "settings": dict(subject.settings)}
-        self._ask({"model": str(subject.model), "feeds": str(feeds), "threads": threads, **how})
+        try:
+            self._ask({"model": str(subject.model), "feeds": str(feeds), "names": names, "threads": threads, **how})
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
 
     def round(self, seconds: float) -> list[float]:
         """Milliseconds of each run of one round."""

@@ -1,8 +1,9 @@
 """One contender of a latency measurement, in a process of its own: run as a script, with one JSON request per line.
 
 It imports NumPy and the runtime only, so that nothing else runs beside the model. The first line of stdin is
-{"model": path, "feeds": path of .npz, "threads": int or null, "backend": name, "settings": object}; each further line
-{"seconds": s} is one round. Each is answered by one JSON line: {"ready": true}, {"ms": [...]} or {"error": text}.
+{"model": path, "feeds": path of .npz, "names": input names of its arrays, "threads": int or null, "backend": name,
+"settings": object}; each further line {"seconds": s} is one round. Each is answered by one JSON line: {"ready": true},
+{"ms": [...]} or {"error": text}.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> None:
         try:
             if run is None:
                 with np.load(request["feeds"], allow_pickle=False) as archive:
-                    feeds = {name: archive[name] for name in archive.files}
+                    feeds = {name: archive[str(place)] for place, name in enumerate(request["names"])}
                 run = OPENERS[request.get("backend", "onnxruntime")](request, feeds)
                 answer = {"ready": True}
             else:

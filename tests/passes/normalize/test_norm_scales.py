@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,23 @@ def test_ranges_go_through_a_file(tmp_path: Path) -> None:
 def test_missing_or_broken_ranges_are_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs the ranges"):
         LayerWiseScales().rules()
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         MigrateScales(str(tmp_path / "none.npz")).rules()
     with (tmp_path / "bad.npz").open("wb") as file:
         np.savez(file, n=np.zeros(3))
     with pytest.raises(UsageError, match=r"shape \[2, C\]"):
         load_ranges(str(tmp_path / "bad.npz"))
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UsageError, match="not a regular file"):  # and does not wait for a writer
+        load_ranges(str(tmp_path / "pipe.npz"))
+
+
+def test_a_norm_may_have_any_name(tmp_path: Path) -> None:
+    found = ChannelRange(np.array([-1.0, 0.0]), np.array([2.0, 3.0]))
+    save_ranges(tmp_path / "ranges.npz", {"file": found, "allow_pickle": found})
+    read = load_ranges(tmp_path / "ranges.npz")
+    assert list(read) == ["file", "allow_pickle"]
+    np.testing.assert_array_equal(read["file"].high, found.high)
 
 
 def test_layer_wise_scales_leave_outputs_and_codes_as_they_were() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from xform import limits
 from xform.errors import LimitError, UsageError
-from xform.pipeline.npz import read_npz
+from xform.npz import read_npz
 
 
 def header(shape: str, dtype: str = "'<f4'", version: bytes = b"\x01\x00") -> bytes:
@@ -154,3 +154,17 @@ def test_what_is_not_an_archive_of_arrays_is_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=told):
             read_npz(tmp_path / name)
+
+
+def test_the_size_of_the_file_earns_memory_and_other_files_count_too(tmp_path):
+    zeros = npy(np.zeros(100_000, np.float32))
+    np.savez(tmp_path / "plain.npz", x=np.zeros(100_000, np.float32))
+    packed = archive(tmp_path / "packed.npz", x=zeros)
+    with limits.limited(limits.limits_of({"memory": 16 * 400_000})):
+        plain = read_npz(tmp_path / "plain.npz")
+        assert plain.packed > 400_000 and plain.nbytes == 400_000
+        held = read_npz(packed)
+        assert held.packed < 4000
+        with pytest.raises(LimitError, match="with the files before it"):
+            read_npz(packed, kept=[held])
+        read_npz(tmp_path / "plain.npz", kept=[held])  # which brings as much as it holds

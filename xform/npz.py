@@ -1,7 +1,8 @@
 """Arrays from an .npz file that anybody may have written: nothing is unpickled, and nothing is allocated on its word.
 
 An .npz is a zip archive of .npy members. Its central directory and the header of each member say how large an array is;
-both are checked against each other and against `xform.limits` before memory is taken.
+both are checked against each other and against `xform.limits` before memory is taken. A member may be compressed a
+thousand times, so what arrays bring to a limit is the size of the file.
 """
 
 from __future__ import annotations
@@ -12,42 +13,55 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from xform import limits
 from xform.errors import UsageError
-from xform.graph.values import Array
 from xform.text import shown
 
 HINT = "write the file with numpy.savez(path, input_name=array, ...)"
+Array = npt.NDArray[Any]
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 _KINDS = "biufcUSV"  # of dtypes: V is what numpy makes of bfloat16 and float8
+_USED = 16  # times the bytes of arrays that a run on them may take; as much as they earn where they were not packed
+_PACKING = 16  # times that honest data becomes smaller; zeros become a thousand times smaller
 _ENCRYPTED = 0x1
 _DAMAGED = (OSError, EOFError, ValueError, struct.error, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
-def read_npz(path: str | os.PathLike[str], what: str = "the file") -> dict[str, Array]:
+def read_npz(
+    path: str | os.PathLike[str], what: str = "the file", kept: Sequence[limits.Unpacked] = ()
+) -> limits.Unpacked:
     """The arrays of an .npz file by name, in the order of the file, in native byte order.
 
     Args:
         path: A regular file; links to one are followed.
         what: Subject of error messages: "the inputs file", "the calibration file".
+        kept: What was read from other files and is still there; it counts too.
 
     Raises:
         UsageError: The file cannot be read, is not an .npz, is damaged, holds pickled objects or a name twice, or the
             header of an array does not fit its data.
-        LimitError: The arrays are larger than the limit "memory".
+        LimitError: Working on the arrays, with those that are `kept`, would take more than the limit "memory": a file
+            that is not compressed, or not more than 16 times, is never refused for that.
     """
     where = str(path)
     try:
         with _opened(Path(path)) as file, zipfile.ZipFile(file) as archive:
             members = _members(archive, what, where)
-            total = sum(info.file_size for info in members.values())
-            limits.check("memory", total, f"{what} in {shown(where)}", where)
-            return {name: _array(archive, info, name, what, where) for name, info in members.items()}
+            packed = os.fstat(file.fileno()).st_size
+            total = sum(info.file_size for info in members.values()) + sum(one.nbytes for one in kept)
+            subject = f"working on {total:,} bytes of arrays in {what} {shown(where)}"
+            subject += ", with the files before it," if kept else ""
+            packed_of_all = packed + sum(one.packed for one in kept)
+            limits.check("memory", _USED * total, subject, where, brought=_PACKING * packed_of_all)
+            arrays = {name: _array(archive, info, name, what, where) for name, info in members.items()}
+            return limits.Unpacked(arrays, packed)
     except zipfile.BadZipFile as error:
         raise UsageError(f"{what} is not an .npz archive, or is damaged: {error}", where=where, hint=HINT) from error
     except _DAMAGED as error:
@@ -56,7 +70,12 @@ def read_npz(path: str | os.PathLike[str], what: str = "the file") -> dict[str, 
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """The file, if it is a regular one: opening a pipe would wait for a writer, a device has no end."""
+    """The file, if it is a regular one: opening a pipe would wait for a writer, a device has no end.
+
+    It is looked at before, as opening a device may do something, and after, as it may be another one by then.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is not a regular file")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
