@@ -12,13 +12,22 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from xform.capture.torch_pytree import PLAIN, caches, flatten, path_name, register_classes, unflatten, write_back
+from xform.capture.torch_pytree import (
+    PLAIN,
+    caches,
+    flatten,
+    is_same_value,
+    path_name,
+    register_classes,
+    unflatten,
+    write_back,
+)
 from xform.errors import UsageError
 
 _OMITTED = (bool, int, float, str, type(None))
 
 
-_LEAVES = (torch.Tensor, *PLAIN, torch.dtype, torch.device)
+_LEAVES = (torch.Tensor, *PLAIN, torch.dtype, torch.device, torch.Size)
 
 
 @functools.lru_cache(maxsize=256)
@@ -125,7 +134,7 @@ class Signature:
         arguments = {}
         for name, value in bound.arguments.items():
             default = parameters[name].default
-            if isinstance(value, _OMITTED) and type(value) is type(default) and value == default:
+            if isinstance(value, _OMITTED) and is_same_value(value, default):
                 continue
             if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 value = dict(sorted(value.items()))
@@ -174,7 +183,7 @@ class Signature:
         return self._flatten_tree(bound)
 
     def _flatten_tree(self, bound: Mapping[str, Any]) -> Arguments:
-        leaves, spec = flatten(bound)
+        leaves, spec = flatten(bound, torch.Size)  # put together again it would be a tuple
         names = unique_names([self._leaf_name(path) for path, _ in leaves])
         tensors: dict[str, torch.Tensor] = {}
         constants: dict[str, Any] = {}
