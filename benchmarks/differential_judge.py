@@ -247,6 +247,8 @@ def _compare(
             continue
         if lenient and not _finite(case.feeds[i]):
             continue  # the operator and a guard against NaN treat NaN inputs differently, which is documented
+        if case.config == "torch" and "DynamicQuantizeLinear" in outcome.operators and not _finite(case.feeds[i]):
+            continue  # the range of numbers with a NaN is undefined: in ONNX Runtime it depends on where the NaN is
         keep = np.asarray(case.feeds[i][case.tokens]).astype(bool) if case.tokens else None
         compare = partial(differences, want, got, keep=keep, lenient=lenient, loose=not _finite(case.feeds[i]))
         found = compare()

@@ -248,3 +248,23 @@ def test_arguments_that_the_module_itself_refuses() -> None:
     with pytest.raises(xform.UsageError, match="Linear itself fails with these arguments: RuntimeError: mat1 and mat2"):
         fast(X.double())
     fast(X)
+
+
+def test_autocast_is_part_of_a_call() -> None:
+    module = nn.Linear(4, 4)
+    fast: Any = xform.optimize(module)
+    for enabled in (True, False, True):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            expected, actual = module(X), fast(X)
+        assert actual.dtype is expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=2e-2 if enabled else 1e-5, atol=2e-2 if enabled else 1e-5)
+    assert fast.captures == 2
+
+
+def test_a_lazy_module_is_to_be_called_first() -> None:
+    module = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(xform.UsageError, match=r"0.weight .* is not initialized"):
+        xform.optimize(module)(X)
+    module(X)
+    with torch.no_grad():
+        torch.testing.assert_close(xform.optimize(module)(X), module(X))

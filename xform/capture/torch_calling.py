@@ -36,6 +36,17 @@ def _flat(names: tuple[str, ...]) -> pytree.TreeSpec:
     return pytree.tree_structure(dict.fromkeys(names, 0))
 
 
+Autocast = tuple[str, ...]  # per kind of device, the dtype that autocast computes in; empty where it is off
+
+
+def autocast_now() -> Autocast:
+    """What torch.autocast does in this thread at this moment: what a module computes depends on it."""
+    if not torch._C._is_any_autocast_enabled():  # private, but much cheaper than asking for each kind of device
+        return ()
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple([f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds])
+
+
 def unique_names(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
     """The names in order, each made unique by a number where it is used already."""
     used = set(taken)

@@ -15,14 +15,14 @@ from torch.export import ExportedProgram
 
 from xform.capture import torch_dynamic
 from xform.capture.onnx_file import notes
-from xform.capture.torch_calling import Arguments, Results, Signature
+from xform.capture.torch_calling import Arguments, Autocast, Results, Signature, autocast_now
 from xform.capture.torch_dynamic import DimRequest, Dynamic, Sizes
 from xform.capture.torch_errors import capture_error
 from xform.capture.torch_graph import canonical_container
 from xform.capture.torch_normalize import normalize
 from xform.capture.torch_onnx import draws_random_numbers, translate
 from xform.capture.torch_program import ASSIGNED, FlatModule, constant_outputs, export
-from xform.capture.torch_pytree import is_same_value
+from xform.capture.torch_pytree import is_lazy, is_same_value
 from xform.capture.torch_twin import twin_of
 from xform.errors import CaptureError, UsageError
 
@@ -60,6 +60,7 @@ class CapturedModule:
     _signature: Signature
     _example: Arguments
     _results: Results
+    _autocast: Autocast
     aliased: tuple[str, ...] = ()
 
     @property
@@ -154,6 +155,9 @@ class CapturedModule:
 
     def _differs(self, arguments: Arguments) -> str | None:
         """What else than sizes differs from the captured call."""
+        if (now := autocast_now()) != self._autocast:
+            before = ", ".join(self._autocast) or "off"
+            return f"autocast is {', '.join(now) or 'off'}, and was {before} at the capture"
         example = self._example
         if arguments.order != example.order:
             more = [name for name in arguments.order if name not in example.order]
@@ -262,6 +266,12 @@ def _checked(module: Any) -> torch.nn.Module:
         raise CaptureError("a TorchScript module cannot be captured", hint="pass the nn.Module it was made from")
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"cannot capture a {type(module).__name__}", hint="pass an nn.Module or an ExportedProgram")
+    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(
+            f"{_some(lazy)} of {type(module).__name__} is not initialized: a lazy module learns its sizes in a call",
+            hint="call the module once with such inputs, and optimize it then",
+        )
     return getattr(module, "_orig_mod", module)  # what torch.compile wrapped
 
 
@@ -364,4 +374,5 @@ def _attempt(
     )
     model = canonical_container(model, list(arguments.tensors), results.names, symbols)
     outputs = tuple(value.name or "" for value in model.graph.outputs)
-    return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)
+    interface = tuple(arguments.tensors), outputs, sizes, signature
+    return CapturedModule(model, *interface, arguments, results, autocast_now())

@@ -14,12 +14,18 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CACHE_MODULE = "transformers.cache_utils"
 _REGISTERING = threading.Lock()
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a parameter or buffer of a lazy module has no values yet."""
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def is_same_value(a: Any, b: Any) -> bool:

@@ -25,6 +25,7 @@ from torch.nn.modules import module as torch_module
 
 from xform.capture.torch_onnx import WRITTEN
 from xform.capture.torch_program import ASSIGNED
+from xform.capture.torch_pytree import is_lazy
 from xform.capture.torch_settings import Settings
 from xform.errors import MAX_PLACES, VerificationError
 from xform.graph.write import weight_files
@@ -142,7 +143,7 @@ class ModuleWeights:
             parameters = self._module.named_parameters(remove_duplicate=False)
             found = {**dict(parameters), **dict(self._module.named_buffers(remove_duplicate=False))}
             found.update(self._settings.tensors if self._settings is not None else {})
-        return {name: tensor for name, tensor in found.items() if name not in self._written}
+        return {name: tensor for name, tensor in found.items() if name not in self._written and not is_lazy(tensor)}
 
 
 def _differs(sample: Sample) -> bool:
