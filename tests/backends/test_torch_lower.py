@@ -324,3 +324,38 @@ def test_the_extremes_of_an_empty_batch_are_bounds_of_the_type() -> None:
     model = parse("g (float[N,4] x) => (float[1,1] y) { y = ReduceMax(x) }")
     (got,) = outputs(model, {"x": np.zeros((0, 4), np.float32)})
     assert got.shape == (1, 1) and np.isneginf(got).all()
+
+
+EMPTY = {
+    "InstanceNormalization": (
+        "(float[N,4,6] x) => (float y) <float[4] a = {1,2,3,4}>",
+        "InstanceNormalization(x, a, a)",
+    ),
+    "CumSum": ("(float[N,4,6] x) => (float y) <int64 i = {0}>", "CumSum<exclusive=1>(x, i)"),
+    "CumSum reversed": ("(float[N,4,6] x) => (float y) <int64 i = {0}>", "CumSum<exclusive=1, reverse=1>(x, i)"),
+    "DFT": ("(float[N,4,1] x) => (float y) <int64 a = {1}>", "DFT(x, , a)"),
+    "inverse DFT": ("(float[N,4,2] x) => (float y) <int64 a = {1}>", "DFT<inverse=1>(x, , a)"),
+    "STFT": ("(float[N,16,1] x) => (float y) <int64 s = {2}, int64 l = {4}>", "STFT(x, s, , l)"),
+    "Col2Im": ("(float[N,8,9] x) => (float y) <int64[2] i = {4,4}, int64[2] b = {2,2}>", "Col2Im(x, i, b)"),
+    "AffineGrid": ("(float[N,2,3] x) => (float y) <int64[4] s = {0,1,3,5}>", "AffineGrid(x, s)"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_batch(name: str) -> None:
+    interface, call = EMPTY[name]
+    model = parse(f"g {interface} {{ y = {call} }}")
+    shape = [dim if isinstance(dim, int) else 0 for dim in model.graph.inputs[0].shape or ()]
+    feeds = {"x": np.zeros(shape, np.float32)}
+    (got,), (want,) = outputs(model, feeds), run(model, feeds)
+    assert got.shape == want.shape and got.dtype == want.dtype
+
+
+def test_hardmax_and_dynamic_quantization_beside_nan() -> None:
+    nan, inf = np.nan, np.inf
+    x = np.array([[nan, nan, nan], [1, nan, 2], [3, 1, nan], [inf, 1, inf], [-inf, -inf, -inf]], np.float32)
+    check("g (float[5,3] x) => (float[5,3] y) { y = Hardmax(x) }", {"x": x})
+    check(
+        "g (float[2,3] x) => (uint8[2,3] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }",
+        {"x": np.array([[1, nan, -2], [3, 1, nan]], np.float32)},
+    )

@@ -12,19 +12,39 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from xform.capture.torch_pytree import PLAIN, caches, flatten, path_name, register_classes, unflatten, write_back
+from xform.capture.torch_pytree import (
+    PLAIN,
+    caches,
+    flatten,
+    is_same_value,
+    path_name,
+    register_classes,
+    unflatten,
+    write_back,
+)
 from xform.errors import UsageError
 
 _OMITTED = (bool, int, float, str, type(None))
 
 
-_LEAVES = (torch.Tensor, *PLAIN, torch.dtype, torch.device)
+_LEAVES = (torch.Tensor, *PLAIN, torch.dtype, torch.device, torch.Size)
 
 
 @functools.lru_cache(maxsize=256)
 def _flat(names: tuple[str, ...]) -> pytree.TreeSpec:
     """The structure of a dict of leaves."""
     return pytree.tree_structure(dict.fromkeys(names, 0))
+
+
+Autocast = tuple[str, ...]  # per kind of device, the dtype that autocast computes in; empty where it is off
+
+
+def autocast_now() -> Autocast:
+    """What torch.autocast does in this thread at this moment: what a module computes depends on it."""
+    if not torch._C._is_any_autocast_enabled():  # private, but much cheaper than asking for each kind of device
+        return ()
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple([f"{kind} {torch.get_autocast_dtype(kind)}" for kind in kinds])
 
 
 def unique_names(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
@@ -125,7 +145,7 @@ class Signature:
         arguments = {}
         for name, value in bound.arguments.items():
             default = parameters[name].default
-            if isinstance(value, _OMITTED) and type(value) is type(default) and value == default:
+            if isinstance(value, _OMITTED) and is_same_value(value, default):
                 continue
             if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 value = dict(sorted(value.items()))
@@ -174,7 +194,7 @@ class Signature:
         return self._flatten_tree(bound)
 
     def _flatten_tree(self, bound: Mapping[str, Any]) -> Arguments:
-        leaves, spec = flatten(bound)
+        leaves, spec = flatten(bound, torch.Size)  # put together again it would be a tuple
         names = unique_names([self._leaf_name(path) for path, _ in leaves])
         tensors: dict[str, torch.Tensor] = {}
         constants: dict[str, Any] = {}

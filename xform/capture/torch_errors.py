@@ -31,6 +31,11 @@ _HINTS: tuple[tuple[str, str], ...] = (
         "the model fixes this size: leave the dim out of `dynamic`, narrow its range, or use dynamic='auto'",
     ),
     (
+        "fake tensor in the exported program|mutated in the forward",
+        "forward writes into a tensor through `.data`, into one that is no buffer, or computes gradients, which "
+        "torch.export cannot capture: write into registered buffers only, and compute gradients outside of it",
+    ),
+    (
         "pytree|Unsupported|unsupported.*type|valid input type|valid output type",
         "pass and return tensors in tuples, lists, dicts or dataclasses; register other classes with "
         "torch.utils._pytree.register_pytree_node",

@@ -15,13 +15,14 @@ from torch.export import ExportedProgram
 
 from xform.capture import torch_dynamic
 from xform.capture.onnx_file import notes
-from xform.capture.torch_calling import Arguments, Results, Signature
+from xform.capture.torch_calling import Arguments, Autocast, Results, Signature, autocast_now
 from xform.capture.torch_dynamic import DimRequest, Dynamic, Sizes
 from xform.capture.torch_errors import capture_error
 from xform.capture.torch_graph import canonical_container
 from xform.capture.torch_normalize import normalize
-from xform.capture.torch_onnx import translate
-from xform.capture.torch_program import FlatModule, constant_outputs, export
+from xform.capture.torch_onnx import draws_random_numbers, translate
+from xform.capture.torch_program import ASSIGNED, FlatModule, constant_outputs, export
+from xform.capture.torch_pytree import is_lazy, is_same_value
 from xform.capture.torch_twin import twin_of
 from xform.errors import CaptureError, UsageError
 
@@ -59,6 +60,7 @@ class CapturedModule:
     _signature: Signature
     _example: Arguments
     _results: Results
+    _autocast: Autocast
     aliased: tuple[str, ...] = ()
 
     @property
@@ -153,6 +155,9 @@ class CapturedModule:
 
     def _differs(self, arguments: Arguments) -> str | None:
         """What else than sizes differs from the captured call."""
+        if (now := autocast_now()) != self._autocast:
+            before = ", ".join(self._autocast) or "off"
+            return f"autocast is {', '.join(now) or 'off'}, and was {before} at the capture"
         example = self._example
         if arguments.order != example.order:
             more = [name for name in arguments.order if name not in example.order]
@@ -164,7 +169,7 @@ class CapturedModule:
             differ = sorted(arguments.tensors.keys() ^ example.tensors.keys())
             return f"{_some(differ)} is a tensor in one of the calls only"
         for name, value in example.constants.items():
-            if type(arguments.constants[name]) is not type(value) or arguments.constants[name] != value:
+            if not is_same_value(arguments.constants[name], value):
                 return f"{name} is {arguments.constants[name]!r}, captured with {value!r}"
         if arguments.spec is not example.spec and arguments.spec != example.spec:
             return "its arguments are nested differently"
@@ -261,6 +266,12 @@ def _checked(module: Any) -> torch.nn.Module:
         raise CaptureError("a TorchScript module cannot be captured", hint="pass the nn.Module it was made from")
     if not isinstance(module, torch.nn.Module):
         raise UsageError(f"cannot capture a {type(module).__name__}", hint="pass an nn.Module or an ExportedProgram")
+    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(
+            f"{_some(lazy)} of {type(module).__name__} is not initialized: a lazy module learns its sizes in a call",
+            hint="call the module once with such inputs, and optimize it then",
+        )
     return getattr(module, "_orig_mod", module)  # what torch.compile wrapped
 
 
@@ -278,6 +289,8 @@ def _capture(
     for tensors, tried in attempts:
         try:
             captured = _attempt(module, signature, arguments, tensors, tried)
+            if (refused := captured.sizes.mismatch(arguments.tensors)) is not None:  # its examples were lengthened
+                raise CaptureError(f"{name} as captured does not take these arguments: {refused}")
         except CaptureError as error:
             failures.append(error)
             continue
@@ -343,6 +356,23 @@ def _attempt(
         raise capture_error(f"{name} cannot be translated to ONNX", error, list(tensors)) from error
     names = list(arguments.tensors)
     notes(model)[:] = [_PLACE.sub(lambda match: names[int(match[1])], note) for note in notes(model)]
+    if not results.names:
+        raise CaptureError(
+            f"{name} returns nothing that is computed from its inputs",
+            hint="call the module itself with these arguments; there is nothing to optimize",
+        )
+    if draws_random_numbers(model):
+        notes(model).append(
+            f"forward of {name} draws random numbers; the optimized model draws others, and other ones in every run"
+        )
+    model.meta[ASSIGNED] = tuple(flat.assigned)
+    notes(model).extend(
+        f"forward changes its attribute {changed}; the captured graph computes with what it was when it was captured, "
+        "at every call, and changes nothing"
+        for changed, (before, after) in flat.assigned.items()
+        if isinstance(before, (bool, int, float)) and type(after) is type(before)
+    )
     model = canonical_container(model, list(arguments.tensors), results.names, symbols)
     outputs = tuple(value.name or "" for value in model.graph.outputs)
-    return CapturedModule(model, tuple(arguments.tensors), outputs, sizes, signature, arguments, results)
+    interface = tuple(arguments.tensors), outputs, sizes, signature
+    return CapturedModule(model, *interface, arguments, results, autocast_now())

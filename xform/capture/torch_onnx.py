@@ -24,7 +24,8 @@ from xform.capture.torch_operators import keep_operator
 from xform.capture.torch_program import PREFIX
 
 OPSET = 23
-WRITTEN = "xform.written_buffers"  # key in model.meta: names of buffers that forward writes into
+_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
+WRITTEN = "xform.written"  # key in model.meta: names of buffers and parameters that forward writes into
 
 
 def translate(program: ExportedProgram) -> ir.Model:
@@ -95,12 +96,16 @@ def _restore_doubles(model: ir.Model, program: ExportedProgram) -> None:
 def _note_writes(model: ir.Model, signature: ExportGraphSignature) -> None:
     """Tell of what forward writes into: a graph has no side effects."""
     buffers = [name.removeprefix(PREFIX) for name in signature.buffers_to_mutate.values()]
-    model.meta[WRITTEN] = tuple(buffers)
-    written = [f"buffer {name}" for name in buffers]
-    written += [f"argument {name}" for name in signature.user_inputs_to_mutate.values()]
+    parameters = [name.removeprefix(PREFIX) for name in signature.parameters_to_mutate.values()]
+    model.meta[WRITTEN] = (*buffers, *parameters)
     notes(model).extend(
-        f"forward writes into its {what}; the captured graph computes the same result but does not write there"
-        for what in written
+        f"forward writes into its {what}; the captured graph starts from what was there when it was captured, at every "
+        "call, and writes nothing"
+        for what in (*(f"buffer {name}" for name in buffers), *(f"parameter {name}" for name in parameters))
+    )
+    notes(model).extend(
+        f"forward writes into its argument {name}; the captured graph computes the same result but does not write there"
+        for name in signature.user_inputs_to_mutate.values()
     )
 
 
@@ -110,3 +115,16 @@ def _decomposition(target: torch._ops.OpOverload) -> dict[Any, Callable[..., Any
         if target in table:
             return {target: table[target]}
     return {}
+
+
+def draws_random_numbers(model: ir.Model) -> bool:
+    """Whether a captured graph draws random numbers: it samples, or drops out although it is in evaluation mode."""
+    return any(
+        node.op_type in _RANDOM or (node.op_type == "Dropout" and len(node.inputs) > 2 and _is_true(node.inputs[2]))
+        for node in model.graph.all_nodes()
+    )
+
+
+def _is_true(value: ir.Value | None) -> bool:
+    held = None if value is None else ir.convenience.get_const_tensor(value)
+    return held is not None and bool(held.numpy())

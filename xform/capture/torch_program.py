@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from xform.capture.quiet import quiet
 from xform.capture.torch_calling import Arguments, Results, Signature
+from xform.capture.torch_settings import Settings
 
 PREFIX = "module."
+ASSIGNED = "xform.assigned"  # key in model.meta: names of attributes that forward changes
 
 
 class _Holder:
     results: Results | None = None
+    assigned: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
 
 
 class FlatModule(torch.nn.Module):
@@ -46,11 +50,19 @@ class FlatModule(torch.nn.Module):
             raise RuntimeError("the module has not been called yet")
         return self._last.results
 
+    @property
+    def assigned(self) -> Mapping[str, tuple[Any, Any]]:
+        """What the last call changed of the module beside its tensors: by name, the values before and after."""
+        return self._last.assigned
+
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Call the module with these tensors in the places of the example's, and remember the result's structure."""
         arguments = self._arguments.tree(tensors)
         args, kwargs = self._signature.call_form(arguments)
-        outputs, self._last.results = Results.of(self.module(*args, **kwargs), arguments)
+        before = Settings(self.module)
+        result = self.module(*args, **kwargs)
+        self._last.assigned = before.changed()
+        outputs, self._last.results = Results.of(result, arguments)
         return tuple(outputs)
 
 

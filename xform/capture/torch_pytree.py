@@ -8,26 +8,51 @@ its attributes, those that can hold tensors as children and the rest as context.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CACHE_MODULE = "transformers.cache_utils"
 _REGISTERING = threading.Lock()
 
 
-@dataclasses.dataclass(frozen=True)
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether a parameter or buffer of a lazy module has no values yet."""
+    return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+
+
+def is_same_value(a: Any, b: Any) -> bool:
+    """Whether two plain values are one: of one type and equal, -0.0 another number than 0.0, NaN the same as NaN."""
+    if type(a) is not type(b):
+        return False
+    return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _State:
     """What is left of an object when its children are taken out: its class and its other attributes."""
 
     cls: type
     children: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _State) or (self.cls, self.children) != (other.cls, other.children):
+            return False
+        pairs = zip(self.constants, other.constants, strict=False)
+        return len(self.constants) == len(other.constants) and all(
+            a == b and is_same_value(x, y) for (a, x), (b, y) in pairs
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.cls, self.children))
 
 
 def is_cache(cls: type) -> bool:
@@ -94,10 +119,15 @@ def register_classes(tree: Any) -> None:
                 )
 
 
-def flatten(tree: Any) -> tuple[list[tuple[tuple[Any, ...], Any]], pytree.TreeSpec]:
-    """The leaves of a tree with their key paths, and the structure that puts them together again."""
+def flatten(tree: Any, leaf: type | tuple[type, ...] = ()) -> tuple[list[tuple[tuple[Any, ...], Any]], pytree.TreeSpec]:
+    """The leaves of a tree with their key paths, and the structure that puts them together again.
+
+    Args:
+        tree: Anything.
+        leaf: Classes that are not to be taken apart.
+    """
     register_classes(tree)
-    return pytree.tree_flatten_with_path(tree)
+    return pytree.tree_flatten_with_path(tree, is_leaf=lambda value: isinstance(value, leaf))
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
@@ -123,5 +153,5 @@ def path_name(path: Sequence[Any], root: str = "") -> str:
     """
     text = "".join(_step(key) for key in path)
     if text.startswith("."):
-        return text[1:] if root in ("", "output") else root + text
+        return (text[1:] or root) if root in ("", "output") else root + text
     return root + text if root else text.lstrip("_")

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, cast
 
@@ -33,7 +33,9 @@ _before = True
 
 
 @contextlib.contextmanager
-def twin_of(module: torch.nn.Module, *, own_tensors: bool = False) -> Iterator[torch.nn.Module]:
+def twin_of(
+    module: torch.nn.Module, *, own_tensors: bool = False, written: Collection[str] = ()
+) -> Iterator[torch.nn.Module]:
     """A twin of `module` in evaluation mode, without gradients inside; torch's random state is put back afterwards.
 
     The training flags are set one by one: `eval()` of some classes does more (it merges adapters into weights), or
@@ -42,8 +44,10 @@ def twin_of(module: torch.nn.Module, *, own_tensors: bool = False) -> Iterator[t
     Args:
         own_tensors: Give the twin copies of buffers and of other tensors that are not parameters, for a run that may
             write into them. Without, all tensors are the module's own, for a trace that does not.
+        written: Names of parameters that forward writes into, and that the twin gets copies of then too.
     """
-    maker = _Maker(own_tensors)
+    parameters = module.named_parameters(remove_duplicate=False)
+    maker = _Maker(own_tensors, {id(parameter) for name, parameter in parameters if name in written})
     twin = cast(torch.nn.Module, maker.copy(module))
     for child in twin.modules():
         child.training = False
@@ -59,9 +63,10 @@ class _Maker:
         shared: Objects with attributes that the copy shares with the original.
     """
 
-    def __init__(self, own_tensors: bool) -> None:
+    def __init__(self, own_tensors: bool, written: Collection[int]) -> None:
         self.shared: list[Any] = []
         self._own_tensors = own_tensors
+        self._written = written  # parameters, by id
         self._memo: dict[int, Any] = {}  # as copy.deepcopy wants it
 
     def copy(self, value: Any) -> Any:
@@ -91,7 +96,8 @@ class _Maker:
         return result
 
     def _object(self, value: Any) -> Any:
-        result = self._memo[id(value)] = object.__new__(type(value))
+        base = SimpleNamespace if isinstance(value, SimpleNamespace) else object
+        result = self._memo[id(value)] = base.__new__(type(value))
         # not through setattr: modules have rules for it, and frozen dataclasses refuse
         vars(result).update({name: self.copy(attribute) for name, attribute in vars(value).items()})
         return result
@@ -121,7 +127,8 @@ class _Maker:
         return result
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, torch.nn.Parameter) or not self._own_tensors:
+        is_shared = isinstance(tensor, torch.nn.Parameter) and id(tensor) not in self._written
+        if is_shared or not self._own_tensors:
             return tensor
         if tensor.is_leaf and not tensor.is_meta:
             return copy.deepcopy(tensor, self._memo)  # views of one storage stay so

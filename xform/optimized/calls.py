@@ -10,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from xform.capture.torch_module import CapturedModule
+from xform.capture.torch_onnx import WRITTEN
 from xform.capture.torch_twin import twin_of
 from xform.errors import UsageError
 
@@ -56,9 +57,11 @@ def module_oracle(
 ) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
     """The module itself as a function from graph inputs to graph outputs.
 
-    Each run is one of a new stand-in with buffers of its own, on copies of the inputs: forward may write into both.
+    Each run is one of a new stand-in with buffers of its own, and parameters where forward writes into them, on copies
+    of the inputs.
     """
     callee = module.module() if isinstance(module, ExportedProgram) else module
+    written = captured.model.meta.get(WRITTEN, ())
 
     def run(inputs: Mapping[str, Any]) -> Sequence[Any]:
         tensors = {name: torch.as_tensor(value).to(example[name]).clone() for name, value in inputs.items()}
@@ -66,8 +69,24 @@ def module_oracle(
         refused = captured.refuses(args, kwargs)
         if refused is not None:
             raise UsageError(f"this call would need another graph: {refused}")
-        with twin_of(callee, own_tensors=True) as twin:
+        with twin_of(callee, own_tensors=True, written=written) as twin:
             return captured.leaves(twin(*args, **kwargs))
 
     run.name = "the module, run by PyTorch"  # type: ignore[attr-defined]
     return run
+
+
+def check_runs(
+    name: str, oracle: Callable[[Mapping[str, Any]], Sequence[Any]], example: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise UsageError, with the module's own error, where the module itself does not take these inputs.
+
+    torch.export computes with shapes and dtypes only, and lets through what no kernel takes.
+    """
+    try:
+        oracle(example)
+    except Exception as error:
+        raise UsageError(
+            f"{name} itself fails with these arguments: {type(error).__name__}: {error}",
+            hint="call the module itself with them, and give them as it takes them",
+        ) from error

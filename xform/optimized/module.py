@@ -21,11 +21,11 @@ from torch.export import ExportedProgram
 from xform.capture.torch_calling import Signature
 from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.compilation import Compiled, Request
-from xform.errors import UsageError, VerificationError
+from xform.errors import TargetError, UsageError, VerificationError
 from xform.forks import settle
 from xform.limits import earned_by, limited
 from xform.optimized.base import Optimized
-from xform.optimized.calls import call_arguments, module_oracle, verification_inputs
+from xform.optimized.calls import call_arguments, check_runs, module_oracle, verification_inputs
 from xform.optimized.compiling import compile_and_tell
 from xform.optimized.weights import ModuleWeights, SharedWeights
 from xform.report.brief import verdict
@@ -55,9 +55,10 @@ class OptimizedModule(Optimized):
 
     It computes what the module computes in evaluation mode, without gradients. It captures at the first call, or at
     once where inputs are given, and again only for a call that the graphs so far do not cover (another plain value or
-    structure among the arguments, another dtype, another size of a dim that is not dynamic), or after the module's
-    weights have changed. Each such capture is told as a warning, and in the report as a remark of "capture". After a
-    second size, the dims that differed are captured as dynamic ones where the module allows it.
+    structure among the arguments, another dtype, another size of a dim that is not dynamic), or after the module has
+    changed: its weights, attributes, submodules or hooks. Each such capture is told as a warning, and in the report as
+    a remark of "capture". After a second size, the dims that differed are captured as dynamic ones where the module
+    allows it.
 
     Calls from several threads are safe, and run side by side once there is a graph for them.
 
@@ -167,43 +168,73 @@ class OptimizedModule(Optimized):
             gc.collect()  # a graph's nodes and values refer to each other
 
     def _drop_stale(self) -> str:
-        """Forget the graphs if the module's weights are not what they were; why, or an empty text."""
+        """Forget the graphs if the module is not what it was; why, or an empty text."""
         if self._weights is None or not self._weights.changed():
             return ""
-        names = self._weights.names()
+        weights, settings = self._weights.names(), self._weights.settings()
+        names = [*weights, *settings]
         self._programs, self._weights = (), None
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return f"the module's weights have changed ({', '.join(names[:_NAMED])}{more})"
+        what = "the module has changed" if settings else "the module's weights have changed"
+        return f"{what} ({', '.join(names[:_NAMED])}{more})"
 
     def _compile(self, args: Sequence[Any], kwargs: Mapping[str, Any], reason: str) -> Program:
         varied = next(filter(None, (p.captured.varied(args, kwargs) for p in self._programs)), {})
         if varied:
             with contextlib.suppress(VerificationError):  # other sizes need other graphs; static ones then
                 return self._compile_for(args, kwargs, reason, varied)
-        return self._compile_for(args, kwargs, reason, {})
+        try:
+            return self._compile_for(args, kwargs, reason, {})
+        except VerificationError as error:
+            if self._dynamic != "auto" or self._request.strict:
+                raise
+            # torch.export takes a dynamic size for 2 or more, so what a module does with 1 alone is not in its graph
+            note = f"all sizes are fixed at those of this call, because with dynamic ones {error.what}"
+            return self._compile_for(args, kwargs, reason, {}, fixed=note)
 
     def _compile_for(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], reason: str, varied: Mapping[str, set[int]]
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        reason: str,
+        varied: Mapping[str, set[int]],
+        fixed: str = "",
     ) -> Program:
+        """Capture and compile.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Its keyword arguments.
+            reason: Why it is captured again; empty at a first capture.
+            varied: Axes that had other sizes in earlier calls, by input.
+            fixed: Why sizes are not to be dynamic; empty where they may be.
+        """
         start = time.perf_counter()
         name = type(self.original).__name__
         _LOG.info("%s: capturing%s", name, f" again, because {reason}" if reason else "")
-        captured = capture_torch(self.original, args, kwargs, dynamic=self._dynamic, varied=varied)
-        weights = self._weights or ModuleWeights(self.original, captured.model)
+        weights = self._weights or ModuleWeights(self.original)  # before: another thread may change it meanwhile
+        captured = capture_torch(self.original, args, kwargs, dynamic=None if fixed else self._dynamic, varied=varied)
+        if weights is not self._weights:
+            weights.leave_out(captured.model)
         seconds = time.perf_counter() - start
         example = {name: tensor.detach().clone() for name, tensor in captured.flatten(args, kwargs).items()}
-        notes = list(self._notes(captured, reason))
-        with limited(self._request.limits), limited(earned_by(example)):
-            compiled = compile_and_tell(
-                captured.model,
-                self._request,
-                notes,
-                source=name,
-                inputs=verification_inputs(captured, example),
-                oracle=module_oracle(self.original, captured, example),
-                capture_seconds=seconds,
-                flatten=lambda sample: captured.flatten(*call_arguments(sample)),
-            )
+        notes = [*self._notes(captured, reason), *filter(None, [fixed])]
+        oracle = module_oracle(self.original, captured, example)
+        try:
+            with limited(self._request.limits), limited(earned_by(example)):
+                compiled = compile_and_tell(
+                    captured.model,
+                    self._request,
+                    notes,
+                    source=name,
+                    inputs=verification_inputs(captured, example),
+                    oracle=oracle,
+                    capture_seconds=seconds,
+                    flatten=lambda sample: captured.flatten(*call_arguments(sample)),
+                )
+        except (TargetError, VerificationError):
+            check_runs(name, oracle, example)
+            raise
         if reason:
             remark = Remark("capture", "recapture", "applied", (), f"captured again, because {reason}", "capture")
             compiled.report.remarks.insert(0, remark)

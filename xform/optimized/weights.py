@@ -2,7 +2,8 @@
 
 The graph shares memory with the module or the file that it came from, so that no weight is held twice. The price is
 that someone may write there. Versions and identities tell of most changes, at some nanoseconds per tensor, so they are
-compared at every call. Checksums of the contents tell of all changes; they are compared before anything is saved.
+compared at every call. Checksums of the contents tell of all changes; they are compared before anything is saved. What
+else a module is made of (attributes, submodules, hooks, configurations) is built into the graph, and compared in turn.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,16 @@ from torch.export import ExportedProgram
 from torch.nn.modules import module as torch_module
 
 from xform.capture.torch_onnx import WRITTEN
+from xform.capture.torch_program import ASSIGNED
+from xform.capture.torch_pytree import is_lazy
+from xform.capture.torch_settings import Settings
 from xform.errors import MAX_PLACES, VerificationError
 from xform.graph.write import weight_files
 
 _VERSION = attrgetter("_version")
 _SAMPLED = 16  # elements looked at per tensor, where only a sample is
+_LOOKS = 16  # at least so many samples and objects are looked at in a call, each in less than a microsecond
+_BYTES_PER_LOOK = 500_000  # and one more for so many bytes of weights, which take a hundred times as long to read
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Sample = tuple[torch.Tensor, int, Any, bytes]
 _registrations = 0  # how often any module got a parameter, a buffer or a submodule
@@ -51,31 +58,52 @@ def _watch_registrations() -> None:
 
 
 class ModuleWeights:
-    """The parameters and buffers of a module as they are now.
+    """The parameters, buffers and settings of a module as they are now.
 
     Args:
         module: The module.
-        graph: Its captured graph, which knows the buffers that forward itself writes into: those are no weights.
     """
 
-    def __init__(self, module: torch.nn.Module | ExportedProgram, graph: ir.Model) -> None:
+    def __init__(self, module: torch.nn.Module | ExportedProgram) -> None:
         _watch_registrations()
         self._module = module
-        self._written = frozenset(graph.meta.get(WRITTEN, ()))
+        self._written: frozenset[str] = frozenset()
+        self._settings = None if isinstance(module, ExportedProgram) else Settings(module)
         self._seen = _registrations
         self._tensors = self._now()
-        self._tracked = [t for t in self._tensors.values() if not t.is_inference()]
-        self._total = sum(map(_VERSION, self._tracked))
         self._versions = {name: t._version for name, t in self._tensors.items() if not t.is_inference()}
         self._samples = list(_samples(self._tensors))
+        self._arrange()
+
+    def leave_out(self, graph: ir.Model) -> None:
+        """Compare nothing that the module's forward itself writes into, as its captured graph knows it."""
+        self._written = frozenset((*graph.meta.get(WRITTEN, ()), *graph.meta.get(ASSIGNED, ())))
+        if self._settings is not None:
+            self._settings.leave_out(self._written)
+        kept = self._now()
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in kept}
+        self._arrange()
+
+    def _arrange(self) -> None:
+        self._versions = {name: version for name, version in self._versions.items() if name in self._tensors}
+        self._tracked = [self._tensors[name] for name in self._versions]
+        self._total = sum(self._versions.values())
+        kept = set(map(id, self._tensors.values()))
+        self._samples = [sample for sample in self._samples if id(sample[0]) in kept]
+        looks = [partial(_differs, sample) for sample in self._samples]
+        looks = [*(self._settings.looks() if self._settings is not None else ()), *looks]
+        total = sum(t.numel() * t.element_size() for t in self._tensors.values())
+        self._turn = min(len(looks), _LOOKS + total // _BYTES_PER_LOOK)
+        self._looks: list[Callable[[], bool]] = [*looks, *looks[: self._turn]]
         self._next = 0
         self._changed = False
 
     def changed(self) -> bool:
-        """Whether a weight was written, or replaced by another tensor; cheap, for every call. Once it is, it stays so.
+        """Whether a weight was written or replaced, or a setting changed. Once it is, it stays so.
 
-        Versions tell of every write but those through `.data`, which torch does not count: one sample per call, in
-        turn, is looked at for these.
+        Cheap, for every call. Versions tell of every write but those through `.data`, which torch does not count. For
+        these, and for settings, some samples and objects are looked at in each call: all of them in small models and in
+        those with many weights, and otherwise all within some calls.
         """
         self._changed = self._changed or self._has_changed()
         return self._changed
@@ -85,12 +113,13 @@ class ModuleWeights:
             return True
         if self._seen != _registrations:
             self._seen = _registrations
-            if self._replaced():
+            if self._replaced() or (self._settings is not None and self._settings.changed()):
                 return True
-        if not self._samples:
+        if not self._looks:
             return False
-        self._next = (self._next + 1) % len(self._samples)
-        return _differs(self._samples[self._next])
+        start = self._next
+        self._next = (start + self._turn) % (len(self._looks) - self._turn)
+        return any(look() for look in self._looks[start : start + self._turn])
 
     def names(self) -> list[str]:
         """Which weights changed."""
@@ -98,6 +127,10 @@ class ModuleWeights:
         sampled = {id(sample[0]) for sample in self._samples if _differs(sample)}
         unseen = [name for name, tensor in self._tensors.items() if id(tensor) in sampled]
         return list(dict.fromkeys([*written, *self._replaced(), *unseen]))
+
+    def settings(self) -> list[str]:
+        """Which attributes, submodules and hooks changed."""
+        return [] if self._settings is None else list(self._settings.changed())
 
     def _replaced(self) -> list[str]:
         now = self._now()
@@ -109,7 +142,8 @@ class ModuleWeights:
         else:
             parameters = self._module.named_parameters(remove_duplicate=False)
             found = {**dict(parameters), **dict(self._module.named_buffers(remove_duplicate=False))}
-        return {name: tensor for name, tensor in found.items() if name not in self._written}
+            found.update(self._settings.tensors if self._settings is not None else {})
+        return {name: tensor for name, tensor in found.items() if name not in self._written and not is_lazy(tensor)}
 
 
 def _differs(sample: Sample) -> bool:

@@ -40,6 +40,6 @@ def hard_sigmoid(x: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
 
 
 def hardmax(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """1 at the first maximum along `axis`, 0 elsewhere."""
-    where = x.argmax(axis, keepdim=True)
-    return torch.zeros_like(x).scatter(axis, where, 1)
+    """1 at the first maximum along `axis`, 0 elsewhere. A NaN is no maximum, as in ONNX Runtime; rows of NaN give 0."""
+    where = torch.where(x.isnan(), -torch.inf, x).argmax(axis, keepdim=True)
+    return torch.zeros_like(x).scatter(axis, where, (~x.gather(axis, where).isnan()).to(x.dtype))

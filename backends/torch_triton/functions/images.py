@@ -10,6 +10,13 @@ import torch
 import torch.nn.functional as F
 
 
+def affine_grid(theta: torch.Tensor, size: Sequence[int], align_corners: bool) -> torch.Tensor:
+    """AffineGrid, of an empty batch too (where torch refuses)."""
+    if theta.shape[0]:
+        return F.affine_grid(theta, list(size), align_corners)
+    return theta.new_zeros([0, *size[2:], len(size) - 2])
+
+
 def grid_sample(x: torch.Tensor, grid: torch.Tensor, mode: str, padding: str, align: bool) -> torch.Tensor:
     """GridSample, linear or nearest, over any number of axes.
 

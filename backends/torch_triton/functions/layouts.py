@@ -119,7 +119,7 @@ def columns_to_image(
         shape_in, shape_out = [1] * (2 * spatial), [1] * (2 * spatial)
         shape_in[i], shape_out[spatial + i] = block[i], steps[i]
         flat = flat + (inside.reshape(shape_in) + starts.reshape(shape_out)) * stride
-    values = x.reshape(n, channels, -1)
+    values = x.reshape(n, channels, math.prod(block) * x.shape[2])
     summed = torch.zeros(n, channels, math.prod(padded), dtype=x.dtype, device=x.device)
     summed = summed.index_add(2, flat.reshape(-1), values).reshape(n, channels, *padded)
     for i, size in enumerate(image):

@@ -31,8 +31,8 @@ def batch_norm_training(
 
 
 def instance_norm(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """InstanceNormalization, of single elements too (where torch refuses)."""
-    if x.shape[2:].numel() > 1:
+    """InstanceNormalization, of single elements and of an empty batch too (where torch refuses)."""
+    if x.numel() and x.shape[2:].numel() > 1:
         return F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
     return torch.zeros_like(x) + bias.reshape(1, -1, *[1] * (x.ndim - 2))
 

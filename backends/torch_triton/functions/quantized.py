@@ -64,13 +64,18 @@ def dequantize(
 
 
 def dynamic_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """DynamicQuantizeLinear to uint8: the range of `x`, with 0 in it, in 255 steps; of nothing, that of 0 alone."""
-    ends = (x.amin(), x.amax()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+    """DynamicQuantizeLinear to uint8: the range of `x`, with 0 in it, in 255 steps; of nothing, that of 0 alone.
+
+    A NaN has no part in the range, and becomes 0, as in ONNX Runtime.
+    """
+    numbers = torch.where(x.isnan(), 0.0, x)
+    ends = (numbers.amin(), numbers.amax()) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
     low, high = ends[0].clamp(max=0), ends[1].clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.round((-low / scale).clamp(0, 255))
-    return (torch.round(x / scale) + zero).clamp(0, 255).to(torch.uint8), scale, zero.to(torch.uint8)
+    quantized = (torch.round(x / scale) + zero).clamp(0, 255)
+    return torch.where(quantized.isnan(), 0.0, quantized).to(torch.uint8), scale, zero.to(torch.uint8)
 
 
 def _requantized(total: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

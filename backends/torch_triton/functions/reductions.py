@@ -77,8 +77,9 @@ def cumulative(x: torch.Tensor, axis: int, exclusive: bool, reverse: bool, produ
     function = torch.cumprod if product else torch.cumsum
     result = function(forward, axis, dtype=x.dtype)
     if exclusive:
-        start = torch.full_like(result.narrow(axis, 0, 1), 1 if product else 0)
-        result = torch.cat((start, result.narrow(axis, 0, x.shape[axis] - 1)), axis)
+        first = min(1, x.shape[axis])  # of nothing there is no first one
+        start = torch.full_like(result.narrow(axis, 0, first), 1 if product else 0)
+        result = torch.cat((start, result.narrow(axis, 0, x.shape[axis] - first)), axis)
     return result.flip(axis) if reverse else result
 
 

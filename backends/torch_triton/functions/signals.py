@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+
+
+def _transformed(
+    function: Callable[..., torch.Tensor], signal: torch.Tensor, length: int | None, axis: int
+) -> torch.Tensor:
+    """A transform along `axis`, of an empty batch too (where torch refuses)."""
+    if signal.numel():
+        return function(signal, length, axis)
+    place = axis % signal.ndim
+    empty = [size == 0 and i != place for i, size in enumerate(signal.shape)]
+    grown = signal.new_zeros([1 if none else size for none, size in zip(empty, signal.shape, strict=True)])
+    return function(grown, length, axis)[tuple(slice(0, 0) if none else slice(None) for none in empty)]
 
 
 def dft(x: torch.Tensor, length: int | None, axis: int, onesided: bool, inverse: bool) -> torch.Tensor:
@@ -17,14 +30,14 @@ def dft(x: torch.Tensor, length: int | None, axis: int, onesided: bool, inverse:
     signal = torch.complex(wide[..., 0], wide[..., 1]) if x.shape[-1] == 2 else wide[..., 0]
     if inverse and onesided:
         count = length if length is not None else 2 * (signal.shape[axis] - 1)
-        result = torch.fft.irfft(signal, count, axis)[..., None]
+        result = _transformed(torch.fft.irfft, signal, count, axis)[..., None]
         return result.to(x.dtype)
     if inverse:
-        spectrum = torch.fft.ifft(signal, length, axis)
+        spectrum = _transformed(torch.fft.ifft, signal, length, axis)
     elif onesided and not signal.is_complex():
-        spectrum = torch.fft.rfft(signal, length, axis)
+        spectrum = _transformed(torch.fft.rfft, signal, length, axis)
     else:
-        spectrum = torch.fft.fft(signal, length, axis)
+        spectrum = _transformed(torch.fft.fft, signal, length, axis)
         if onesided:
             spectrum = spectrum.narrow(axis, 0, spectrum.shape[axis] // 2 + 1)
     return torch.view_as_real(spectrum).to(x.dtype)
@@ -38,7 +51,8 @@ def stft(x: torch.Tensor, step: int, window: torch.Tensor | None, length: int | 
     frames = signal.unfold(1, size, step)
     if window is not None:
         frames = frames * window
-    spectrum = torch.fft.rfft(frames) if onesided and not is_complex else torch.fft.fft(frames)
+    function = torch.fft.rfft if onesided and not is_complex else torch.fft.fft
+    spectrum = _transformed(function, frames, None, -1)
     if onesided and is_complex:
         spectrum = spectrum[..., : size // 2 + 1]
     return torch.view_as_real(spectrum)

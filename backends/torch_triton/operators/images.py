@@ -107,7 +107,7 @@ def grid_sample(site: Site) -> Any:
 
 @lowers("AffineGrid")
 def affine_grid(site: Site) -> Any:
-    return site.call(F.affine_grid, site.tensor(), site.demand_ints(1), bool(site.attr("align_corners", 0)))
+    return site.call(images.affine_grid, site.tensor(), site.demand_ints(1), bool(site.attr("align_corners", 0)))
 
 
 @lowers("RoiAlign", since=10)
