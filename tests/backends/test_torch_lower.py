@@ -351,6 +351,14 @@ def test_an_empty_batch(name: str) -> None:
     assert got.shape == want.shape and got.dtype == want.dtype
 
 
+@pytest.mark.parametrize("operator", ["LpPool", "MaxPool", "AveragePool"])
+def test_pooling_without_a_window(operator: str) -> None:
+    model = parse(f"g (float[2,3,4,2] x) => (float y) {{ y = {operator}<kernel_shape = [3,3]>(x) }}")
+    feeds = {"x": floats(2, 3, 4, 2)}
+    (got,), (want,) = outputs(model, feeds), run(model, feeds)
+    assert got.shape == want.shape == (2, 3, 2, 0)
+
+
 def test_hardmax_and_dynamic_quantization_beside_nan() -> None:
     nan, inf = np.nan, np.inf
     x = np.array([[nan, nan, nan], [1, nan, 2], [3, 1, nan], [inf, 1, inf], [-inf, -inf, -inf]], np.float32)

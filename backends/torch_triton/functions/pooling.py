@@ -44,7 +44,11 @@ def _cut(x: torch.Tensor, kernel: Sequence[int], strides: Sequence[int], dilatio
     """All windows of a padded tensor: [N, C, *windows, prod(kernel)]."""
     count = len(kernel)
     for i in range(count):
-        x = x.unfold(2 + i, dilations[i] * (kernel[i] - 1) + 1, strides[i])
+        span = dilations[i] * (kernel[i] - 1) + 1
+        if x.shape[2 + i] < span:  # no window at all, which torch refuses
+            x = x.new_empty((*x.shape[: 2 + i], 0, *x.shape[3 + i :], span))
+        else:
+            x = x.unfold(2 + i, span, strides[i])
     for i in range(count):
         x = x[(slice(None),) * (2 + count + i) + (slice(None, None, dilations[i]),)]
     return x.flatten(2 + count)

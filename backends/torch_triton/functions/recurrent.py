@@ -53,6 +53,8 @@ def _run(x: torch.Tensor, state: tuple[torch.Tensor, ...], lengths: torch.Tensor
         live = (t < lengths).reshape(-1, 1)
         state = tuple(torch.where(live, new, old) for new, old in zip(stepped, state, strict=True))
         outputs.append(torch.where(live, state[0], torch.zeros_like(state[0])))
+    if not outputs:  # a sequence of no steps
+        return x.new_empty((0, *state[0].shape)), state
     return torch.stack(outputs[::-1] if backward else outputs), state
 
 

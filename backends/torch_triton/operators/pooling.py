@@ -11,6 +11,7 @@ from xform.backends.torch_triton.functions import pooling
 from xform.backends.torch_triton.lower.site import Site, Unsupported
 from xform.backends.torch_triton.lower.table import lowers
 from xform.backends.torch_triton.operators.convolution import listed, padding, spatial_rank
+from xform.graph.values import shape_of
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -23,6 +24,13 @@ def _window(site: Site) -> tuple[int, list[int], list[int], list[int], Any]:
     return count, kernel, strides, dilations, padding(site, count, kernel, strides, dilations)
 
 
+def _has_windows(site: Site, kernel: list[int], pads: list[int], dilations: list[int]) -> bool:
+    """Whether at least one window fits, as far as the sizes are known: torch's own operators refuse to make nothing."""
+    sizes = (shape_of(site.value(0)) or ())[2:]
+    spans = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(kernel, pads, dilations, strict=False)]
+    return all(not isinstance(size, int) or size >= span for size, span in zip(sizes, spans, strict=False))
+
+
 @lowers("MaxPool")
 def max_pool(site: Site) -> Any:
     count, kernel, strides, dilations, pads = _window(site)
@@ -32,6 +40,7 @@ def max_pool(site: Site) -> Any:
         not isinstance(pads, str)
         and pads[:count] == pads[count:]
         and all(2 * p <= k for p, k in zip(pads, kernel, strict=False))
+        and _has_windows(site, kernel, pads, dilations)
     )
     if simple and not indices and site.is_float() and count in _MAX:
         return site.call(_MAX[count], x, kernel, strides, pads[:count], dilations, ceil)
@@ -50,6 +59,7 @@ def average_pool(site: Site) -> Any:
         and pads[:count] == pads[count:]
         and dilations == [1] * count
         and all(2 * p <= k for p, k in zip(pads, kernel, strict=False))
+        and _has_windows(site, kernel, pads, dilations)
     )
     if simple and count in _AVERAGE and not ceil:
         return site.call(_AVERAGE[count], x, kernel, strides, pads[:count], ceil, include)
