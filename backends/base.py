@@ -10,12 +10,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import onnx_ir as ir
 
 from xform.errors import UsageError
 from xform.target import Target
+
+
+class Missing(NamedTuple):
+    """Why a backend cannot be used here.
+
+    Attributes:
+        what: What is missing.
+        hint: How to get it.
+    """
+
+    what: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ class Backend(Protocol):
             TargetError: A precision that this machine's processor does not have.
         """
 
-    def available(self, target: Target) -> str | None:
+    def available(self, target: Target) -> Missing | None:
         """None if it can be used here for `target`, else what is missing and how to get it."""
 
     def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> Artifact:
