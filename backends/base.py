@@ -57,6 +57,9 @@ class LowerOptions:
     compile_only: bool = False
 
 
+PRECISIONS = ("float32", "float16", "bfloat16")  # what some backend computes floats in
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How to load an artifact.
@@ -179,13 +182,15 @@ def check_precision(name: str, known: Sequence[str], asked: str | None, elsewher
 
     Args:
         name: The backend.
-        elsewhere: Backends that have other ones, for the hint.
+        elsewhere: Backends that have other ones, as "backend='x' for y", for the hint.
     """
+    if asked is not None and asked not in PRECISIONS:
+        raise UsageError(f"unknown precision {asked!r}", hint=f"use one of {', '.join(PRECISIONS)}")
     if asked is not None and asked not in known:
         has = f"precision {', '.join(known)}"
         raise UsageError(
             f"backend {name!r} does not compute in precision {asked!r}; it has {has}",
-            hint=f"leave precision out for the model's own, or choose backend {elsewhere}",
+            hint=f"leave `precision` out for the model's own, or choose {elsewhere}",
         )
 
 

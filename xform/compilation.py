@@ -87,7 +87,7 @@ class Request:
             raise UsageError(f"there is no preset {preset!r}", hint=f"this version has: {', '.join(PRESETS)}")
         chosen = tuple(resolve(preset, passes))
         if padding not in ("padded", "packed"):
-            raise UsageError(f"padding must be 'padded' or 'packed', not {padding!r}")
+            raise UsageError(f"padding={padding!r} is unknown", hint="use 'padded' or 'packed'")
         if padding == "packed" and not any(isinstance(p, PackTokens) for p in chosen):
             place = next((i for i, p in enumerate(chosen) if isinstance(p, Quantizer)), len(chosen))
             chosen = (*chosen[:place], PackTokens(), *chosen[place:])
@@ -96,8 +96,8 @@ class Request:
             tolerance = _QUANTIZED
         if calibration is not None and all(p.fidelity == "exact" for p in chosen):
             raise UsageError(
-                "calibration was given, but every pass is exact and uses none",
-                hint=f"leave it out, or choose passes that calibrate instead of preset {preset!r}",
+                "`calibration` was given, but every pass is exact and uses none",
+                hint=f"leave it out, or choose passes that calibrate instead of preset={preset!r}",
             )
         if verify not in ("off", "final", "each"):
             raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")

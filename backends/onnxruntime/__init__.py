@@ -56,7 +56,9 @@ class OnnxRuntimeBackend:
 
     def check(self, target: Target, options: LowerOptions) -> None:
         """See `xform.backends.base.Backend.check`."""
-        check_precision(self.name, self.precisions, options.precision, "'openvino' or 'torch_triton' for bfloat16")
+        check_precision(
+            self.name, self.precisions, options.precision, "backend='openvino' or backend='torch_triton' for bfloat16"
+        )
         check_compile(self.name, options)
 
     def available(self, target: Target) -> Missing | None:

@@ -69,7 +69,7 @@ class OpenVinoBackend:
 
     def check(self, target: Target, options: LowerOptions) -> None:
         """See `xform.backends.base.Backend.check`."""
-        check_precision(self.name, self.precisions, options.precision, "'torch_triton'")
+        check_precision(self.name, self.precisions, options.precision, "backend='torch_triton'")
         check_compile(self.name, options)
         asked = options.precision == "bfloat16" and not options.compile_only
         missing = _available.missing_bfloat16() if asked else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from xform.backends.base import Artifact, LoadOptions, LowerOptions, Missing
+from xform.backends.base import PRECISIONS, Artifact, LoadOptions, LowerOptions, Missing
 from xform.backends.torch_triton import available as _available
 from xform.errors import TargetError, UsageError
 from xform.graph import write
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPILE_MODES", "PRECISIONS", "TorchArtifact", "TorchTritonBackend"]
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 COMPILE_MODES = ("off", "inductor", "max-autotune")
 
 

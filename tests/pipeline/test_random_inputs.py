@@ -148,7 +148,7 @@ def test_sizes_of_the_user(planted):
 
 def test_inputs_of_the_user_decide_the_sizes_of_the_others():
     text = "g (float[batch,4] a, float[batch,4] b) => (float[batch,4] y) { y = Add(a, b) }"
-    given = np.ones((7, 4), np.float64)
+    given = np.ones((7, 4), np.float32)
     inputs = random_inputs(parse(text), overrides={"a": given})
     assert inputs["a"].dtype == np.float32 and (inputs["a"] == 1).all()
     assert inputs["b"].shape == (7, 4)
@@ -160,6 +160,8 @@ def test_inputs_of_the_user_decide_the_sizes_of_the_others():
         ({"X": np.ones((2, 8), np.float32)}, "no input named 'X'"),
         ({"x": np.ones((2, 9), np.float32)}, "shape"),
         ({"x": np.ones((2, 8), np.complex64)}, "float32"),
+        ({"x": np.ones((2, 8))}, r"(?s)array of float64.*astype\('float32'\)"),
+        ({"x": np.ones((2, 8), np.uint8)}, "array of uint8"),
     ],
 )
 def test_wrong_inputs_of_the_user(planted, given, text):

@@ -74,7 +74,7 @@ def explain(
     from xform.pipeline.quantization import told
     from xform.pipeline.reference import OriginalModel
     from xform.planning import Plan
-    from xform.report.concepts import ALIASES, CONCEPTS, TOPICS, count_concepts, with_concepts
+    from xform.report.concepts import ALIASES, CONCEPTS, COUNTED, TOPICS, count_concepts, with_concepts
     from xform.report.explanation import heading, topics_of
 
     session = session_of(context)
@@ -112,7 +112,7 @@ def explain(
         {
             "model": str(model),
             "concept": name,
-            "found": counts if name is None else {name: counts.get(name, 0)},
+            "found": counts if name is None else {name: counts.get(name, 0) if name in COUNTED else None},
             "remarks": [remark.as_dict() for remark in remarks],
         }
     )

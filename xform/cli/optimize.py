@@ -208,6 +208,7 @@ def optimize(
     with in_limits(limit):
         feeds = read_inputs(inputs)
     from xform.api import optimize as run
+    from xform.pipeline.random_inputs import check_sizes
 
     with progress_bar(session, "reading") as advance:
         result = run(
@@ -235,6 +236,7 @@ def optimize(
             progress=advance,
         )
     try:
+        check_sizes(result.graph, sizes)
         _require(session, result, demands)
         if measured:
             result.report.latency = _measure_latency(session, result, model, feeds, sizes, threads)
