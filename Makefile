@@ -1,4 +1,5 @@
-# `make demo` and `make test` set everything up by themselves: a .venv with the pinned CPU build of torch.
+# `make demo` and `make test` set everything up by themselves: a .venv with the pinned torch. Which build that is, depends
+# on the index: PIP_FLAGS can name one with CPU builds (README), which torchvision of `make test` has to match.
 #   make demo    optimize a real sentence model, verify it, report          make test    the test suite
 #   make lint    ruff, mypy --strict, import-linter                         make bench   every evidence command
 # Variables: PYTHON (3.11 to 3.13), VENV, PIP_FLAGS, PYTEST_FLAGS.
@@ -51,7 +52,7 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "set-up needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes first and alone: a range would let pip choose a CUDA build of several gigabytes.
+# torch goes first and pinned, so that no later range replaces it.
 $(VENV)/.setup-demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) "torch==2.13.0"
 	$(PIP) -e ".[demo]"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Runner
+from xform.backends.base import Artifact, Backend, LoadOptions, LowerOptions, Missing, Runner
 from xform.backends.onnxruntime import OnnxRuntimeBackend
 from xform.backends.openvino import OpenVinoBackend
 from xform.backends.torch_triton import TorchTritonBackend
 from xform.errors import TargetError, UsageError
-from xform.target import Target
+from xform.target import KINDS, Target
 
 BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (OnnxRuntimeBackend, OpenVinoBackend, TorchTritonBackend)}
 DEFAULT: dict[str, str] = {"cpu": "onnxruntime", "cuda": "torch_triton"}
@@ -24,6 +24,7 @@ __all__ = [
     "Backend",
     "LoadOptions",
     "LowerOptions",
+    "Missing",
     "Runner",
     "check_suffix",
     "get_backend",
@@ -44,14 +45,28 @@ def get_backend(name: str | None, target: Target, *, compile_only: bool = False)
         raise UsageError(f"unknown backend {name!r}", hint=f"use one of {', '.join(sorted(BACKENDS))}")
     chosen = name or DEFAULT.get(target.kind)
     if chosen is None or target.kind not in BACKENDS[chosen].kinds:
-        served = sorted({kind for backend in BACKENDS.values() for kind in backend.kinds})
-        what = f"backend {name!r} does not serve target {target}" if name else f"no backend serves target {target}"
-        raise TargetError(what, hint=f"this version of xform has backends for {', '.join(served)}; use one of those")
+        raise _unserved(name, target)
     backend = BACKENDS[chosen]()
     missing = None if compile_only else backend.available(target)
     if missing is not None:
-        raise TargetError(f"backend {chosen!r} is not available for target {target}: {missing}")
+        without = ", or give compile_only=True to lower without a GPU" if target.kind == "cuda" else ""
+        raise TargetError(
+            f"backend {chosen!r} is not available for target {target}: {missing.what}", hint=missing.hint + without
+        )
     return backend
+
+
+def _unserved(name: str | None, target: Target) -> TargetError:
+    """No backend, or not the one called `name`, makes anything for the target; says which one does."""
+    by_target = {kind: DEFAULT[kind] for kind in KINDS if kind in DEFAULT}
+    if name is None:
+        return TargetError(
+            f"no backend serves target {target}",
+            hint=f"this version of xform has backends for {', '.join(by_target)}; use one of those",
+        )
+    hints = [f"target={kind!r}" for kind in BACKENDS[name].kinds]
+    hints += [f"backend={by_target[target.kind]!r} for target {target}"] if target.kind in by_target else []
+    return TargetError(f"backend {name!r} does not serve target {target}", hint=f"use {', or '.join(hints)}")
 
 
 def check_suffix(path: Path, backend: str) -> None:

@@ -10,12 +10,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import onnx_ir as ir
 
 from xform.errors import UsageError
 from xform.target import Target
+
+
+class Missing(NamedTuple):
+    """Why a backend cannot be used here.
+
+    Attributes:
+        what: What is missing.
+        hint: How to get it.
+    """
+
+    what: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,9 @@ class LowerOptions:
     precision: str | None = None
     compile: str = "off"
     compile_only: bool = False
+
+
+PRECISIONS = ("float32", "float16", "bfloat16")  # what some backend computes floats in
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ class Backend(Protocol):
             TargetError: A precision that this machine's processor does not have.
         """
 
-    def available(self, target: Target) -> str | None:
+    def available(self, target: Target) -> Missing | None:
         """None if it can be used here for `target`, else what is missing and how to get it."""
 
     def lower(self, graph: ir.Model, target: Target, options: LowerOptions) -> Artifact:
@@ -167,13 +182,15 @@ def check_precision(name: str, known: Sequence[str], asked: str | None, elsewher
 
     Args:
         name: The backend.
-        elsewhere: Backends that have other ones, for the hint.
+        elsewhere: Backends that have other ones, as "backend='x' for y", for the hint.
     """
+    if asked is not None and asked not in PRECISIONS:
+        raise UsageError(f"unknown precision {asked!r}", hint=f"use one of {', '.join(PRECISIONS)}")
     if asked is not None and asked not in known:
         has = f"precision {', '.join(known)}"
         raise UsageError(
             f"backend {name!r} does not compute in precision {asked!r}; it has {has}",
-            hint=f"leave precision out for the model's own, or choose backend {elsewhere}",
+            hint=f"leave `precision` out for the model's own, or choose {elsewhere}",
         )
 
 

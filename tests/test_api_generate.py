@@ -91,3 +91,21 @@ def test_a_module_without_generate_says_so() -> None:
     assert not hasattr(fast, "generate")
     with pytest.raises(AttributeError, match="generate"):
         fast.generate(1)
+
+
+@pytest.mark.filterwarnings("error::xform.XformWarning")
+def test_the_captures_that_generate_needs_are_no_warnings() -> None:
+    same_tokens(model := gpt2(), fast := xform.optimize(model), prompt(2, 7))
+    assert fast.captures > 1 and not any("captured again" in warning for warning in fast.report.warnings)
+
+
+@pytest.mark.filterwarnings("default::xform.XformWarning")
+def test_a_warning_inside_of_generate_points_at_the_line_that_called_it() -> None:
+    model = gpt2()
+    fast = xform.optimize(model)
+    fast.generate(**prompt(2, 7), do_sample=False, max_new_tokens=2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    with pytest.warns(xform.XformWarning, match="weights have changed") as caught:
+        fast.generate(**prompt(2, 7), do_sample=False, max_new_tokens=2)
+    assert {one.filename for one in caught if issubclass(one.category, xform.XformWarning)} == {__file__}

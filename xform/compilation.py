@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,6 +38,7 @@ from xform.target import Target
 
 # Element-wise, relative to the largest: catches a wrong scale or sign. How good int8 is, the search decides.
 _QUANTIZED = 0.3
+_REASONS = 3  # told where nothing is in int8
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Request:
             raise UsageError(f"there is no preset {preset!r}", hint=f"this version has: {', '.join(PRESETS)}")
         chosen = tuple(resolve(preset, passes))
         if padding not in ("padded", "packed"):
-            raise UsageError(f"padding must be 'padded' or 'packed', not {padding!r}")
+            raise UsageError(f"padding={padding!r} is unknown", hint="use 'padded' or 'packed'")
         if padding == "packed" and not any(isinstance(p, PackTokens) for p in chosen):
             place = next((i for i, p in enumerate(chosen) if isinstance(p, Quantizer)), len(chosen))
             chosen = (*chosen[:place], PackTokens(), *chosen[place:])
@@ -94,8 +96,8 @@ class Request:
             tolerance = _QUANTIZED
         if calibration is not None and all(p.fidelity == "exact" for p in chosen):
             raise UsageError(
-                "calibration was given, but every pass is exact and uses none",
-                hint=f"leave it out, or choose passes that calibrate instead of preset {preset!r}",
+                "`calibration` was given, but every pass is exact and uses none",
+                hint=f"leave it out, or choose passes that calibrate instead of preset={preset!r}",
             )
         if verify not in ("off", "final", "each"):
             raise UsageError(f"verify must be 'off', 'final' or 'each', not {verify!r}")
@@ -190,7 +192,7 @@ def compile_graph(
     report.backend = compiled.backend.name
     verification = result.verification
     if request.lowering.compile_only:
-        report.warnings.append("what the backend made was not run and not compared: compile_only was asked for")
+        report.warnings.append("what the backend made was not run and not compared: `compile_only` was asked for")
     elif result.verifier is not None and verification.ok:
         start = time.perf_counter()
         verification = judge_artifact(compiled.runner, compiled.graph, result.verifier, request)
@@ -255,8 +257,23 @@ def _fill(
         report.warnings.append(
             "nothing ran faster here than the model as it came, so the result is the model as it came"
         )
+    if any(isinstance(one, Quantizer) for one in request.passes) and not report.concepts.get("int8"):
+        report.warnings.append(_nothing_in_int8(report))
     if verification.state == "unverified":
         report.warnings.append(f"the result is not verified: {verification.reason}")
+
+
+def _nothing_in_int8(report: Report) -> str:
+    """That int8 was asked for and is nowhere, and why: the reasons, the most frequent ones first."""
+    reasons = Counter(r.reason for r in report.remarks if r.concept == "int8" and r.nodes and r.verdict != "applied")
+    why = [f"{reason} ({number} of them)" if number > 1 else reason for reason, number in reasons.most_common(_REASONS)]
+    more = len(reasons) - len(why)
+    if report.artifact.get("tuning"):
+        why.insert(0, "the fastest form found by tuning is in float")
+    return "nothing in the result is in int8: " + (
+        ("; ".join(why) + (f"; and {more} more reasons" if more else ""))
+        or "there is no product or convolution in float32 with constant weights"
+    )
 
 
 def _verification_report(verification: Verification, request: Request) -> VerificationReport:

@@ -14,7 +14,7 @@ from xform.errors import TargetError, VerificationError
 from xform.passes.attention import PackTokens
 from xform.passes.integer import Quantizer
 from xform.passes.precision import ConvertPrecision
-from xform.pipeline.calibration_data import Flatten, calibration_batches
+from xform.pipeline.calibration_data import Flatten, calibration_batches, first_rows
 from xform.pipeline.half_range import within_range
 from xform.pipeline.manager import run_pipeline
 from xform.pipeline.oracle import Inputs, Oracle, Outputs
@@ -32,6 +32,8 @@ from xform.target import Target
 if TYPE_CHECKING:
     from xform.compilation import Request
 
+_COMPARED = 2  # calibration batches that the result is compared on where the user gave no inputs
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,6 +46,7 @@ class Plan:
         quantization: What quantizes, if some pass does.
         remarks: What was decided on the way.
         warning: About the data that was calibrated on; empty if there is none.
+        inputs: What `verifier` compares on: of the user, or where there are none, some calibration data.
     """
 
     captured: ir.Model
@@ -53,6 +56,7 @@ class Plan:
     quantization: Quantization | None = None
     remarks: tuple[Remark, ...] = ()
     warning: str = ""
+    inputs: UserInputs | None = None
 
     @staticmethod
     def of(
@@ -68,18 +72,26 @@ class Plan:
             plain = tuple(one for one in request.passes if not isinstance(one, PackTokens | Quantizer))
             unpacked = Plan(captured, request, plain, _verifier(captured, request, inputs, oracle))
             captured, oracle = zero_pads(captured, unpacked.exactly(plain)), None
-        plan = Plan(captured, request, request.passes, _verifier(captured, request, inputs, oracle))
+        plan = Plan(captured, request, request.passes, _verifier(captured, request, inputs, oracle), inputs=inputs)
         return plan._quantized(flatten)._within_range()
 
     def _quantized(self, flatten: Flatten | None) -> Plan:
-        """With calibration and the search for what is quantized done, where some pass quantizes."""
+        """With calibration and the search for what is quantized done, where some pass quantizes.
+
+        Ranges hold for data like those that were calibrated on. So these are what the result is compared on where the
+        user gave calibration data and no inputs; the exact passes before are compared on random inputs all the same.
+        """
         captured, request = self.captured, self.request
         if not any(isinstance(one, Quantizer) for one in request.passes):
             return self
         batches, warning = calibration_batches(captured, request.calibration, flatten)
         quantization = Quantization(request.passes, self.exactly, batches, request.progress)
         form = quantization.form_for(request.backend.name)
-        return replace(self, passes=form.passes, quantization=quantization, remarks=form.remarks, warning=warning)
+        found = replace(self, passes=form.passes, quantization=quantization, remarks=form.remarks, warning=warning)
+        if self.inputs is not None or request.calibration is None:
+            return found
+        inputs = [first_rows(captured, batch) for batch in batches[:_COMPARED]]
+        return replace(found, verifier=_verifier(captured, request, inputs, self.verifier.oracle), inputs=inputs)
 
     def _within_range(self) -> Plan:
         """With what leaves the range of float16 kept out of it, where some pass makes float16."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from xform.backends.base import Artifact, LoadOptions, LowerOptions, check_compile, check_precision
+from xform.backends.base import Artifact, LoadOptions, LowerOptions, Missing, check_compile, check_precision
 from xform.backends.onnxruntime import available as _available
 from xform.backends.onnxruntime import lower as _lower
 from xform.errors import UsageError
@@ -56,10 +56,12 @@ class OnnxRuntimeBackend:
 
     def check(self, target: Target, options: LowerOptions) -> None:
         """See `xform.backends.base.Backend.check`."""
-        check_precision(self.name, self.precisions, options.precision, "'openvino' or 'torch_triton' for bfloat16")
+        check_precision(
+            self.name, self.precisions, options.precision, "backend='openvino' or backend='torch_triton' for bfloat16"
+        )
         check_compile(self.name, options)
 
-    def available(self, target: Target) -> str | None:
+    def available(self, target: Target) -> Missing | None:
         """See `xform.backends.base.Backend.available`."""
         return _available.missing(target)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from xform.backends.base import Artifact, LoadOptions, LowerOptions, check_compile, check_precision
+from xform.backends.base import Artifact, LoadOptions, LowerOptions, Missing, check_compile, check_precision
 from xform.backends.onnxruntime import SESSION
 from xform.backends.onnxruntime import lower as _lower
 from xform.backends.openvino import available as _available
@@ -69,7 +69,7 @@ class OpenVinoBackend:
 
     def check(self, target: Target, options: LowerOptions) -> None:
         """See `xform.backends.base.Backend.check`."""
-        check_precision(self.name, self.precisions, options.precision, "'torch_triton'")
+        check_precision(self.name, self.precisions, options.precision, "backend='torch_triton'")
         check_compile(self.name, options)
         asked = options.precision == "bfloat16" and not options.compile_only
         missing = _available.missing_bfloat16() if asked else None
@@ -77,10 +77,10 @@ class OpenVinoBackend:
             raise TargetError(
                 f"this machine does not compute in bfloat16: {missing}",
                 hint="leave precision out, or run on a processor with AMX or AVX-512 BF16 (Intel since Sapphire "
-                "Rapids, AMD since Zen 4), or give compile_only to write the model for one",
+                "Rapids, AMD since Zen 4), or give compile_only=True to write the model for one",
             )
 
-    def available(self, target: Target) -> str | None:
+    def available(self, target: Target) -> Missing | None:
         """See `xform.backends.base.Backend.available`."""
         return _available.missing(target)
 

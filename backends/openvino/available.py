@@ -5,20 +5,21 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from xform.backends.base import Missing
 from xform.target import Target
 
 INSTALL = 'pip install "xform-compiler[openvino]"'
 
 
-def missing(target: Target) -> str | None:
+def missing(target: Target) -> Missing | None:
     """None if OpenVINO can serve the target, else what is missing with the command that installs it."""
     if importlib.util.find_spec("openvino") is None:
-        return f"the package openvino is not installed\n  what to do: {INSTALL}"
+        return Missing("the package openvino is not installed", INSTALL)
     import openvino
 
     devices = openvino.Core().available_devices
     if "CPU" not in devices:
-        return f"this build of openvino has no CPU device, only {', '.join(devices) or 'none'}\n  what to do: {INSTALL}"
+        return Missing(f"this build of openvino has no CPU device, only {', '.join(devices) or 'none'}", INSTALL)
     return None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from xform.backends.base import Artifact, LoadOptions, LowerOptions
+from xform.backends.base import PRECISIONS, Artifact, LoadOptions, LowerOptions, Missing
 from xform.backends.torch_triton import available as _available
 from xform.errors import TargetError, UsageError
 from xform.graph import write
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPILE_MODES", "PRECISIONS", "TorchArtifact", "TorchTritonBackend"]
 
-PRECISIONS = ("float32", "float16", "bfloat16")
 COMPILE_MODES = ("off", "inductor", "max-autotune")
 
 
@@ -75,7 +74,7 @@ class TorchTritonBackend:
         """See `xform.backends.base.Backend.check`."""
         _check(options)
 
-    def available(self, target: Target) -> str | None:
+    def available(self, target: Target) -> Missing | None:
         """See `xform.backends.base.Backend.available`."""
         return _available.missing(target)
 
@@ -121,7 +120,10 @@ class TorchTritonBackend:
             raise UsageError(f"an artifact of backend {artifact.backend!r} cannot be loaded by {self.name!r}")
         missing = self.available(artifact.target)
         if missing is not None:
-            raise TargetError(f"the artifact cannot be loaded for target {artifact.target}: {missing}")
+            raise TargetError(
+                f"what was made for target {artifact.target} does not run here: {missing.what}",
+                hint=f"run it on a machine that has one, or {missing.hint}",
+            )
         return TorchRunner(artifact)
 
 

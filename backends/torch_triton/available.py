@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 
+from xform.backends.base import Missing
 from xform.target import Target
 
-_WITHOUT = "give compile_only=True to lower without a GPU"
 
-
-def missing(target: Target) -> str | None:
+def missing(target: Target) -> Missing | None:
     """None if torch can serve the target here, else what is missing and how to get it."""
     if importlib.util.find_spec("torch") is None:
-        return "the package torch is not installed\n  what to do: pip install torch"
+        return Missing("the package torch is not installed", "pip install torch")
     if target.kind == "cpu":
         return None
     import torch
 
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-        return (
-            f"torch {torch.__version__} is a build without CUDA\n"
-            f"  what to do: install a CUDA build of torch from pytorch.org, or {_WITHOUT}"
+        return Missing(
+            f"torch {torch.__version__} is a build without CUDA", "install a CUDA build of torch from pytorch.org"
         )
     if not torch.cuda.is_available():
-        return f"no NVIDIA GPU or driver was found\n  what to do: run `nvidia-smi` to see what is there, or {_WITHOUT}"
+        return Missing("no NVIDIA GPU or driver was found", "run `nvidia-smi` to see what is there")
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed\n  what to do: pip install triton"
+        return Missing("the package triton is not installed", "pip install triton")
     return None

@@ -60,12 +60,14 @@ class FoldConstants(LibraryPass):
         transposed = self._transpose_lazily(model.graph)
         decide = _Decision(self, model.opset_imports.get("", 1))
         gathered = [_gather_elements(graph, decide) for graph in model.graphs()]
-        folded = onnxscript_folding.FoldConstantsPass(
+        fold = onnxscript_folding.FoldConstantsPass(
             shape_inference=False,
             input_size_limit=self.input_limit,
             output_size_limit=max(self.input_limit, self.output_limit),
             should_fold=decide,
-        )(model).modified
+        )
+        with np.errstate(all="ignore"):  # ONNX has no warnings: the logarithm of 0 is -inf, which a Where may leave out
+            folded = fold(model).modified
         lifted = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
         return bool(transposed or any(gathered) or folded or lifted)
 

@@ -106,8 +106,11 @@ class QuantizeProduct(Rule):
         rows, columns = weight.shape.numpy()
         if display_name(node) in self._keep:
             return Failure("it would cost too much accuracy in int8", (node,))
-        if rows * columns < self._smallest or min(rows, columns) < _NARROWEST:
-            return Failure(f"a weight of {rows} x {columns} is too small to pay", (node,))
+        small = f"a weight of {rows} x {columns} is too small to pay"
+        if min(rows, columns) < _NARROWEST:
+            return Failure(f"{small}: it has fewer than {_NARROWEST} rows or columns", (node,))
+        if rows * columns < self._smallest:
+            return Failure(f"{small}: fewer than {self._smallest:,} numbers (quantize_products.smallest)", (node,))
         return None
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
@@ -140,6 +143,27 @@ class QuantizeProduct(Rule):
         sums = build.op("MatMulInteger", rows, build.constant(codes, f"{name}_int8"), zero)
         factor = build.op("Mul", row_scale, build.constant(scale, f"{name}_scale"))
         return build.op("Mul", build.op("Cast", sums, to=int(ir.DataType.FLOAT)), factor)
+
+
+class ConvolutionInFloat(Rule):
+    """Says of convolutions that this form leaves them as they are; changes nothing."""
+
+    name = "convolution"
+    concept = "int8"
+    pattern = op("Conv", var("x"), const(name="w"), name="conv", more_inputs=True)
+
+    def check(self, match: Match, context: PassContext) -> Failure | None:
+        weight = constant_tensor(match["w"])
+        if weight is None or weight.dtype is not ir.DataType.FLOAT:
+            return QUIET
+        return Failure(
+            "convolutions have no int8 form with ranges found at run time; the backend openvino runs them in int8 "
+            "with ranges from calibration",
+            (match.node("conv"),),
+        )
+
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        raise AssertionError("check accepts nothing")
 
 
 def _peak(x: ir.Value, least: float | None, build: Builder) -> ir.Value:
@@ -216,4 +240,4 @@ class QuantizeProducts(RewritePass):
             raise UsageError(f"weight_bits must be 8, 7 or 0, not {self.weight_bits}")
         bits = self.weight_bits or (8 if dot_product_instructions() else 0)
         ranges = load_ranges(self.ranges) if self.ranges else {}
-        return (QuantizeProduct(bits, ranges, self),)
+        return (QuantizeProduct(bits, ranges, self), ConvolutionInFloat())

@@ -213,7 +213,11 @@ class QuantizeReaders(SharedInput):
     def _unprofitable(self, node: ir.Node) -> Failure | None:
         """See the module's docstring."""
         if is_op(node, "MatMul") and self._products == "float":
-            return Failure("int8 products do not pay here: this machine has no dot-product instructions", (node,))
+            return Failure(
+                "int8 products do not pay here: this machine has no dot-product instructions; those of the backend "
+                "onnxruntime pay without",
+                (node,),
+            )
         weight = constant_tensor(node.inputs[1])
         assert weight is not None
         channels = int(weight.shape.numpy()[1])
@@ -221,7 +225,11 @@ class QuantizeReaders(SharedInput):
             return Failure(f"groups of {channels} input channels do not pay in int8", (node,))
         work = multiply_adds(node)
         if work is not None and work < self._options.smallest:
-            return Failure(f"{work} multiply-adds are too few to pay", (node,))
+            return Failure(
+                f"{work} multiply-adds are too few to pay: fewer than {self._options.smallest:,} "
+                "(quantize_static.smallest)",
+                (node,),
+            )
         return None
 
     def rewrite(self, match: Match, build: Builder) -> Sequence[ir.Value]:

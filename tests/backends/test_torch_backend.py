@@ -94,6 +94,22 @@ def test_cuda_without_a_gpu_says_what_is_missing(block: Block) -> None:
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_what_was_only_compiled_says_where_it_runs_and_does_not_advise_what_was_done() -> None:
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(xform.XformWarning, match="`compile_only` was asked for"):
+        fast = xform.optimize(torch.nn.Linear(4, 4).eval(), target="cuda", compile_only=True, inputs=x)
+    with pytest.raises(TargetError, match=r"(?s)does not run here.*a machine that has one") as raised:
+        fast(x)
+    assert "compile_only" not in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_backend_that_does_not_serve_a_target_names_one_that_does(block: Block, backend: str) -> None:
+    with pytest.raises(TargetError, match=r"use target='cpu', or backend='torch_triton' for target cuda"):
+        xform.optimize(block, target="cuda", backend=backend)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_compile_only_lowers_without_a_gpu(block: Block, tmp_path: Path) -> None:
     lowered = xform.optimize(block, target="cuda", inputs=torch.randn(2, 5, 16), compile_only=True)
     assert any("not run and not compared" in warning for warning in lowered.report.warnings)

@@ -148,7 +148,19 @@ class TestPassesAndDoctor:
     def test_doctor_knows_this_machine(self, xform: CLI) -> None:
         document = xform("doctor", "--json").json
         assert document["environment"]["versions"]["onnxruntime"]
-        assert {"target": "cpu", "available": True, "missing": None} in document["backends"]["onnxruntime"]
+        here = {"target": "cpu", "available": True, "missing": None, "hint": None}
+        assert here in document["backends"]["onnxruntime"]
+
+    def test_doctor_says_what_to_do_about_what_is_missing_without_options_of_other_commands(
+        self, xform: CLI, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+        found = xform("doctor", "--json").json["backends"]["torch_triton"]
+        (cuda,) = (one for one in found if one["target"] == "cuda")
+        assert "build without CUDA" in cuda["missing"] and "pytorch.org" in cuda["hint"]
+        told = xform("doctor").out
+        assert "what to do: install a CUDA build of torch" in told
+        assert "compile_only" not in told and "--compile" not in told
 
     def test_tables_for_humans_go_to_stdout(self, xform: CLI) -> None:
         for command in ("passes", "doctor"):

@@ -265,3 +265,46 @@ class TestStreams:
     def test_the_report_of_optimize_is_beside_the_result(self, xform: CLI, mlp: Path) -> None:
         run = xform("optimize", mlp, "-o", "out.onnx")
         assert run.out == "" and "verified" in run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["optimize", "MODEL", "--size", "bacth=3"], 2, "no dynamic dimension named 'bacth'"),
+        (["inspect", "MODEL", "--counts", "--size", "bacth=3"], 2, "no dynamic dimension named 'bacth'"),
+        (["inspect", "MODEL", "--nodes"], 2, "--nodes says nothing without --counts"),
+        (["inspect", "MODEL", "--size", "batch=3"], 2, "--size says nothing without --counts"),
+        (["bench", "MODEL", "missing.onnx"], 3, "there is no such model file"),
+        (["optimize", "MODEL", "--precision", "fp16"], 2, "use one of float32, float16, bfloat16"),
+        (
+            ["optimize", "MODEL", "--precision", "bfloat16"],
+            2,
+            "leave --precision out for the model's own, or choose --b",
+        ),
+        (["optimize", "MODEL", "--padding", "tight"], 2, "--padding tight is unknown"),
+        (["optimize", "MODEL", "--tolerance", "-1"], 2, "--tolerance must be a number >= 0"),
+        (["optimize", "MODEL", "--calibration", "x.npz"], 2, "--calibration was given, but every pass is exact"),
+        (
+            ["optimize", "MODEL", "--target", "cuda", "--backend", "openvino"],
+            7,
+            "or --backend torch_triton for",
+        ),
+    ],
+)
+def test_what_would_say_nothing_is_refused_in_the_spelling_of_the_command_line(
+    xform: CLI, mlp: Path, arguments: list[str], code: int, told: str
+) -> None:
+    run = xform(*(str(mlp) if argument == "MODEL" else argument for argument in arguments))
+    assert run.code == code and told in run.err, run.err
+
+
+def test_explain_takes_the_data_and_the_backend_of_an_int8_run(xform: CLI, mlp: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32))
+    assert xform("explain", mlp, "int8").out.startswith("int8: 0 in the result; no pass touched it")
+    options = ["--preset", "int8", "--calibration", tmp_path / "data.npz"]
+    run = xform("explain", mlp, "int8", *options)
+    assert run.code == 0 and "RANDOM" not in run.err and "too small to pay" in run.out
+    assert "static: nothing in int8" in xform("explain", mlp, "int8", *options, "--backend", "openvino").out
+    assert xform("bisect", mlp, *options).code == 0
+    found = xform("explain", mlp, "reparameterization", "--json").json["found"]
+    assert found == {"reparameterization": None}

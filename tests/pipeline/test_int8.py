@@ -181,6 +181,60 @@ def test_a_module_takes_samples_in_its_own_form() -> None:
         assert torch.nn.functional.cosine_similarity(fast(samples[1]), module(samples[1])).min() > 0.99
 
 
+SMALL = """g (float[b,40] x, float[40,50] w0, float[50,4] w1) => (float[b,4] y) {
+    a = MatMul(x, w0) r = Tanh(a) y = MatMul(r, w1)
+}"""
+
+
+def small_products() -> ir.Model:
+    rng = np.random.default_rng(3)
+    return parse(SMALL, {n: rng.standard_normal(s).astype(np.float32) for n, s in (("w0", (40, 50)), ("w1", (50, 4)))})
+
+
+def test_where_nothing_is_in_int8_a_warning_says_so_with_every_reason_and_the_option() -> None:
+    samples = [{"x": np.random.default_rng(4).standard_normal((8, 40)).astype(np.float32)}]
+    with pytest.warns(xform.XformWarning, match="nothing in the result is in int8") as caught:
+        result = xform.optimize(small_products(), preset="int8", calibration=samples)
+    (told,) = (str(one.message) for one in caught)
+    assert "40 x 50 is too small to pay: fewer than 8,192 numbers (quantize_products.smallest)" in told
+    assert "50 x 4 is too small to pay: it has fewer than 32 rows or columns" in told
+    assert told in result.report.warnings and "int8" not in result.report.concepts
+    (search_told,) = (r for r in result.report.remarks if r.rule == "sensitivity")
+    assert search_told.verdict == "missed" and search_told.reason == "dynamic: nothing in int8"
+    forced = xform.optimize(small_products(), passes=[QuantizeProducts(smallest=1)], calibration=samples)
+    assert forced.report.concepts["int8"] == 1 and not forced.report.warnings
+
+
+def test_convolutions_that_the_form_leaves_in_float_are_told() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(xform.XformWarning, match="convolutions have no int8 form .* backend openvino"):
+        xform.optimize(net, preset="int8", calibration=[x], inputs=x)
+
+
+def test_what_int8_is_told_about_is_told_once() -> None:
+    with pytest.warns(xform.XformWarning) as caught:
+        xform.optimize(chain(), preset="int8")
+    assert len([one for one in caught if "RANDOM" in str(one.message)]) == 1
+
+
+def test_ranges_are_compared_on_calibration_data_where_no_inputs_are_given() -> None:
+    """Random numbers lie outside of ranges that were measured on [0, 0.1], so static int8 would be rolled back."""
+    rng = np.random.default_rng(5)
+    weights = {
+        "w": rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
+        "k": rng.standard_normal((8, 8, 3, 3)).astype(np.float32),
+    }
+    graph = """g (float[batch,3,32,32] x, float[8,3,3,3] w, float[8,8,3,3] k) => (float[batch,8,28,28] y) {
+        a = Conv(x, w) r = Relu(a) y = Conv(r, k)
+    }"""
+    samples = [{"x": rng.random((20, 3, 32, 32)).astype(np.float32) / 10}]
+    fast = xform.optimize(parse(graph, weights), preset="int8", calibration=samples, backend="openvino")
+    assert fast.report.concepts["int8"] >= 1 and not fast.report.warnings
+    assert fast.report.verification.given == 1 and fast.report.verification.random == 0
+    assert "batch: 8" in str(fast.report.verification.sizes) or ", 8" in str(fast.report.verification.sizes)
+
+
 def test_products_of_one_input_share_its_quantized_form() -> None:
     model = parse(
         """g (float[b,96] x, float[96,96] w0, float[96,96] w1) => (float[b,96] y, float[b,96] z) {

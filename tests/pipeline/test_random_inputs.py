@@ -102,19 +102,14 @@ def test_unsigned_bytes_use_the_whole_range():
     ("given", "told"),
     [
         ({"x": np.ones(2, bool)}, "input 'x' is float32, but an array of bool"),
-        (
-            {"x": np.array([1.0, 1e300])},
-            "'x' is float32, and the array of float64 that was given holds numbers",
-        ),
-        ({"i": np.array([1, 2**40])}, "'i' is int32, and the array of int64"),
+        ({"x": np.array([1.0, 1e300])}, "input 'x' is float32, but an array of float64"),
+        ({"i": np.array([1, 2**40])}, "input 'i' is int32, but an array of int64"),
     ],
 )
 def test_inputs_that_do_not_fit_the_dtype(given, told):
     model = parse("g (float[n] x, int32[n] i) => (float[n] y, int32[n] z) { y = Identity(x) z = Identity(i) }")
     with pytest.raises(UsageError, match=told):
         check_named(model, given)
-    fitting = check_named(model, {"x": np.array([1.0, -np.inf]), "i": np.array([1, 2])})
-    assert (fitting["x"].dtype, fitting["i"].dtype) == (np.float32, np.int32)
 
 
 def test_two_sizes_consistent_across_inputs(planted):
@@ -167,7 +162,7 @@ def test_sizes_of_the_user(planted):
 
 def test_inputs_of_the_user_decide_the_sizes_of_the_others():
     text = "g (float[batch,4] a, float[batch,4] b) => (float[batch,4] y) { y = Add(a, b) }"
-    given = np.ones((7, 4), np.float64)
+    given = np.ones((7, 4), np.float32)
     inputs = random_inputs(parse(text), overrides={"a": given})
     assert inputs["a"].dtype == np.float32 and (inputs["a"] == 1).all()
     assert inputs["b"].shape == (7, 4)
@@ -179,6 +174,8 @@ def test_inputs_of_the_user_decide_the_sizes_of_the_others():
         ({"X": np.ones((2, 8), np.float32)}, "no input named 'X'"),
         ({"x": np.ones((2, 9), np.float32)}, "shape"),
         ({"x": np.ones((2, 8), np.complex64)}, "float32"),
+        ({"x": np.ones((2, 8))}, r"(?s)array of float64.*astype\('float32'\)"),
+        ({"x": np.ones((2, 8), np.uint8)}, "array of uint8"),
     ],
 )
 def test_wrong_inputs_of_the_user(planted, given, text):

@@ -42,7 +42,7 @@ def test_terminal_tells_what_was_done_and_why_not(report: Report) -> None:
 
 def test_terminal_hides_idle_passes_but_counts_them(report: Report) -> None:
     assert "idle" not in _printed(report)
-    assert "1 more pass runs found nothing to do" in _printed(report)
+    assert "1 more pass run found nothing to do" in _printed(report)
     assert "idle" in _printed(report, verbose=True)
 
 

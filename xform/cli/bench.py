@@ -27,7 +27,7 @@ from xform.cli.common import (
     session_of,
 )
 from xform.cli.progress import progress_bar
-from xform.errors import UsageError
+from xform.errors import ModelError
 from xform.report.terminal import plain_table
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def bench(
     for model in models:
         no_standard(model, "bench", "each model runs in a process of its own, which reads its file")
         if not model.is_file():
-            raise UsageError("no such file", where=str(model))
+            raise ModelError("there is no such model file", where=str(model), hint="check the path")
     sizes = parse_sizes(size)
     with in_limits(limit):
         feeds = random_inputs(capture_onnx(models[0]), seed, sizes, read_inputs(inputs))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from xform.cli.common import (
+    BackendName,
+    CalibrationPath,
     Debug,
     InputsPath,
     Json,
@@ -44,10 +46,12 @@ def bisect(
     context: typer.Context,
     model: ModelPath,
     target: TargetText = "cpu",
+    backend: BackendName = None,
     preset: Preset = "exact",
     passes: PassNames = None,
     set_: Settings = None,
     inputs: InputsPath = None,
+    calibration: CalibrationPath = None,
     size: Sizes = None,
     tolerance: ToleranceOption = None,
     seed: Seed = 0,
@@ -70,14 +74,15 @@ def bisect(
     with in_limits(limit), given_inputs(inputs) as feeds, progress_bar(session, "reading") as advance:
         captured, original = capture_onnx(source), OriginalModel(source)
         request = Request.of(
-            target, preset, wanted, None, None, tolerance, "off", False, LowerOptions(compile_only=True), advance
-        )
+            target, preset, wanted, backend, calibration, tolerance, "off", False, LowerOptions(compile_only=True),
+            advance,
+        )  # fmt: skip
         plan = Plan.of(captured, request, inputs=feeds, oracle=original)  # what `optimize` runs, int8 searched too
         result = search(
             captured,
             plan.passes,
             target=target,
-            inputs=feeds,
+            inputs=plan.inputs,
             sizes=parse_sizes(size),
             tolerance=plan.tolerance,
             oracle=original,

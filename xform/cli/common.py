@@ -65,6 +65,9 @@ ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="ONNX file; - reads it from stdin.", show_default=False)
 ]
 TargetText = Annotated[str, typer.Option("--target", help="cpu, or cuda.", rich_help_panel=WHERE)]
+BackendName = Annotated[
+    str | None, typer.Option("--backend", help="Instead of the target's default backend.", rich_help_panel=WHERE)
+]
 Preset = Annotated[
     str,
     typer.Option("--preset", help="Named list of passes: exact, or another of `xform passes`.", rich_help_panel=RUN),
@@ -82,6 +85,12 @@ Settings = Annotated[
 InputsPath = Annotated[
     Path | None,
     typer.Option("--inputs", help="Inputs to run on: .npz with one array per input name.", rich_help_panel=IN),
+]
+CalibrationPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration", help="Inputs that calibrate: .npz as --inputs, or a folder of them.", rich_help_panel=IN
+    ),
 ]
 Dynamic = Annotated[
     list[str] | None,

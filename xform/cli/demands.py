@@ -50,15 +50,19 @@ def parse_requirement(text: str) -> Requirement:
         UsageError: Not of this form, or a name that is neither a concept nor an operator: it could never be met, or
             would always be.
     """
-    from xform.report.concepts import CONCEPTS
+    from xform.report.concepts import COUNTED
 
     match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(?:(>=|<=|==|!=|=|>|<)\s*(\d{1,18}))?\s*", text)
     if match is None:
         raise UsageError(f"--require {shown(text)!r} is no requirement", hint="write for example attention>=12")
     name = match[1]
-    if name not in CONCEPTS and not _is_operator(name):
+    if name not in COUNTED and not _is_operator(name):
         raise UsageError(
+<<<<<<< HEAD
             f"--require {shown(text)!r}: {name!r} is neither a concept nor an operator", hint=closest(name, CONCEPTS)
+=======
+            f"--require {text!r}: {name!r} is neither a concept nor an operator", hint=closest(name, COUNTED)
+>>>>>>> work-u
         )
     return Requirement(name, match[2] or ">=", int(match[3]) if match[3] else 1)
 

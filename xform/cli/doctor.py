@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from xform.cli.common import Debug, Json, Quiet, examples, session_of
+
+if TYPE_CHECKING:
+    from xform.backends import Missing
 
 EXAMPLES = examples("xform doctor")
 
@@ -37,7 +42,12 @@ def doctor(context: typer.Context, quiet: Quiet = False, json: Json = False, deb
             },
             "backends": {
                 name: [
-                    {"target": kind, "available": missing is None, "missing": missing}
+                    {
+                        "target": kind,
+                        "available": missing is None,
+                        "missing": missing and missing.what,
+                        "hint": missing and missing.hint,
+                    }
                     for kind, missing in kinds.items()
                 ]
                 for name, kinds in backends.items()
@@ -52,5 +62,9 @@ def doctor(context: typer.Context, quiet: Quiet = False, json: Json = False, deb
         ("features", " ".join(here.cpu_features) or "unknown"),
     ]
     for name, kinds in backends.items():
-        rows += [(name, f"{kind}: {missing or 'available'}") for kind, missing in kinds.items()]
+        rows += [(name, f"{kind}: {_said(missing)}") for kind, missing in kinds.items()]
     session.show(facts_table(rows))
+
+
+def _said(missing: Missing | None) -> str:
+    return "available" if missing is None else f"{missing.what}\n  what to do: {missing.hint}"

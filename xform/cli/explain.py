@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xform.cli.common import (
+    BackendName,
+    CalibrationPath,
     Debug,
     InputsPath,
     Json,
@@ -38,7 +40,11 @@ if TYPE_CHECKING:
 
     from xform.rewrite.remarks import Remark
 
-EXAMPLES = examples("xform explain model.onnx", "xform explain model.onnx attention | grep layers.3")
+EXAMPLES = examples(
+    "xform explain model.onnx",
+    "xform explain model.onnx attention | grep layers.3",
+    "xform explain model.onnx int8 --preset int8 --calibration samples/",
+)
 
 
 def explain(
@@ -48,10 +54,12 @@ def explain(
         str | None, typer.Argument(metavar="[CONCEPT]", help="attention, layer_norm, ..., or a pass or rule.")
     ] = None,
     target: TargetText = "cpu",
+    backend: BackendName = None,
     preset: Preset = "exact",
     passes: PassNames = None,
     set_: Settings = None,
     inputs: InputsPath = None,
+    calibration: CalibrationPath = None,
     verify: VerifyMode = "final",
     limit: LimitTexts = None,
     quiet: Quiet = False,
@@ -63,9 +71,10 @@ def explain(
     from xform.capture.onnx_file import capture_onnx
     from xform.compilation import Request
     from xform.passes import PASSES
+    from xform.pipeline.quantization import told
     from xform.pipeline.reference import OriginalModel
     from xform.planning import Plan
-    from xform.report.concepts import ALIASES, CONCEPTS, TOPICS, count_concepts, with_concepts
+    from xform.report.concepts import ALIASES, CONCEPTS, COUNTED, TOPICS, count_concepts, with_concepts
     from xform.report.explanation import heading, topics_of
 
     session = session_of(context)
@@ -78,12 +87,12 @@ def explain(
         captured = capture_onnx(source)
         with progress_bar(session, "reading") as advance:
             request = Request.of(
-                target, preset, wanted, None, None, None, verify_mode(verify), False,
+                target, preset, wanted, backend, calibration, None, verify_mode(verify), False,
                 LowerOptions(compile_only=True), advance,
             )  # fmt: skip
             plan = Plan.of(captured, request, inputs=feeds, oracle=OriginalModel(source))
             result = plan.run(plan.passes)
-    for remark in plan.remarks:
+    for remark in told(plan.remarks, result.passes):
         result.remarks.add(remark)
     for remark in _of_backend(result.model, target):
         result.remarks.add(remark)
@@ -103,7 +112,7 @@ def explain(
         {
             "model": str(model),
             "concept": name,
-            "found": counts if name is None else {name: counts.get(name, 0)},
+            "found": counts if name is None else {name: counts.get(name, 0) if name in COUNTED else None},
             "remarks": [remark.as_dict() for remark in remarks],
         }
     )

@@ -26,6 +26,7 @@ from xform.cli.common import (
     parse_sizes,
     session_of,
 )
+from xform.errors import UsageError
 from xform.report.terminal import facts_table, plain_table
 from xform.text import shown
 
@@ -72,12 +73,16 @@ def inspect(
     from xform.graph.count import count
     from xform.graph.dump import dump
     from xform.graph.fingerprint import fingerprint
+    from xform.pipeline.random_inputs import check_sizes
     from xform.report.concepts import count_concepts, count_op_types
 
     session = session_of(context)
     sizes = parse_sizes(size)
+    if (nodes or sizes) and not counts:
+        raise UsageError(f"{'--nodes' if nodes else '--size'} says nothing without --counts", hint="add --counts")
     with in_limits(limit):
         graph = capture_onnx(model_source(model))
+    check_sizes(graph, sizes)
     counted = count(graph, sizes)
     summary: dict[str, Any] = {
         "model": str(model),

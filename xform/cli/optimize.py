@@ -17,6 +17,8 @@ from xform.cli.common import (
     RUN,
     STANDARD,
     WHERE,
+    BackendName,
+    CalibrationPath,
     Debug,
     Dynamic,
     InputsPath,
@@ -103,12 +105,7 @@ def optimize(
         typer.Option("-v", "--verbose", help="Show every pass and every missed remark.", rich_help_panel=OUT),
     ] = False,
     inputs: InputsPath = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration", help="Inputs that calibrate: .npz as --inputs, or a folder of them.", rich_help_panel=IN
-        ),
-    ] = None,
+    calibration: CalibrationPath = None,
     input_shape: Annotated[
         list[str] | None,
         typer.Option(
@@ -179,10 +176,7 @@ def optimize(
         bool, typer.Option("--measure", help="Measure latency before and after.", rich_help_panel=DEMAND)
     ] = False,
     target: TargetText = "cpu",
-    backend: Annotated[
-        str | None,
-        typer.Option("--backend", help="Instead of the target's default backend.", rich_help_panel=WHERE),
-    ] = None,
+    backend: BackendName = None,
     threads: Threads = None,
     compile_only: Annotated[
         bool,
@@ -214,6 +208,7 @@ def optimize(
     with in_limits(limit):
         feeds = read_inputs(inputs)
     from xform.api import optimize as run
+    from xform.pipeline.random_inputs import check_sizes
 
     with progress_bar(session, "reading") as advance:
         result = run(
@@ -241,6 +236,7 @@ def optimize(
             progress=advance,
         )
     try:
+        check_sizes(result.graph, sizes)
         _require(session, result, demands)
         if measured:
             result.report.latency = _measure_latency(session, result, model, feeds, sizes, threads)

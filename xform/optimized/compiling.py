@@ -12,7 +12,7 @@ from xform.backends import FALLBACK, get_backend
 from xform.compilation import Compiled, Request, compile_graph
 from xform.errors import KernelError
 from xform.progress import Bar
-from xform.tell import tell
+from xform.tell import each_once, tell
 
 _LOG = logging.getLogger("xform")
 
@@ -30,14 +30,15 @@ def compile_and_tell(captured: ir.Model, request: Request, notes: list[str], **o
     Raises:
         TargetError: The backend cannot run the graph; names the operator, the node, and a backend that can.
     """
-    try:
-        compiled, fallback = _compiled(captured, request, options)
-    finally:
-        if isinstance(request.progress, Bar):
-            request.progress.close()
-    compiled.report.warnings[:0] = [*notes, *fallback]
-    for warning in compiled.report.warnings:
-        tell(warning)
+    with each_once():
+        try:
+            compiled, fallback = _compiled(captured, request, options)
+        finally:
+            if isinstance(request.progress, Bar):
+                request.progress.close()
+        compiled.report.warnings[:0] = [*notes, *fallback]
+        for warning in compiled.report.warnings:
+            tell(warning)
     report = compiled.report
     _LOG.info(
         "%s: captured and compiled with %s in %.1f s, verified: %s",

@@ -5,12 +5,15 @@ same attributes, whose `forward` is the optimized one. The user's model is not t
 which `generate` calls by itself once, that is optimized too.
 
 How often it captures does not depend on how many tokens come out: once for the prompt, which has no cache, once for a
-step with a cache, and once for the encoder.
+step with a cache, and once for the encoder. As that is as it should be, it is no warning (`driving`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +22,25 @@ if TYPE_CHECKING:
     from xform.optimized.module import OptimizedModule
 
 
-def driver(optimized: OptimizedModule) -> Any:
-    """A shallow copy of the module that runs the optimized model where it would run itself."""
+driving: ContextVar[bool] = ContextVar("driving", default=False)  # whether `generate` calls
+
+
+def generate_with(optimized: OptimizedModule) -> Callable[..., Any]:
+    """The module's own `generate`, on a shallow copy that runs the optimized model where it would run itself."""
+    generate = _driver(optimized).generate
+
+    @functools.wraps(generate)
+    def driven(*args: Any, **kwargs: Any) -> Any:
+        token = driving.set(True)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            driving.reset(token)
+
+    return driven
+
+
+def _driver(optimized: OptimizedModule) -> Any:
     model: Any = optimized.original
     stand_in = _with_forward(model, optimized)
     encoder = _encoder(model)

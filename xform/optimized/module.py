@@ -27,6 +27,7 @@ from xform.limits import earned_by, limited
 from xform.optimized.base import Optimized
 from xform.optimized.calls import call_arguments, check_runs, module_oracle, verification_inputs
 from xform.optimized.compiling import compile_and_tell
+from xform.optimized.generation import driving, generate_with
 from xform.optimized.weights import ModuleWeights, SharedWeights
 from xform.report.brief import verdict
 from xform.rewrite.remarks import Remark
@@ -109,10 +110,7 @@ class OptimizedModule(Optimized):
         """
         if not callable(getattr(self.original, "generate", None)):
             raise AttributeError(f"{type(self.original).__name__} has no generate()")
-        from xform.optimized.generation import driver
-
-        generate: Callable[..., Any] = driver(self).generate
-        return generate
+        return generate_with(self)
 
     @property
     def signature(self) -> inspect.Signature:
@@ -247,9 +245,10 @@ class OptimizedModule(Optimized):
         """What the user should know about this capture."""
         notes = []
         name = type(self.original).__name__
-        if reason:
+        expected = driving.get() and self._weights is not None  # which it is not after the weights have changed
+        if reason and not expected:
             notes.append(f"{name} was captured again, because {reason}")
-        elif isinstance(self.original, torch.nn.Module) and _trains(self.original):
+        elif not reason and isinstance(self.original, torch.nn.Module) and _trains(self.original):
             notes.append(f"{name} is in training mode; what it computes in evaluation mode was captured")
         if captured.aliased and not self.captures:
             notes.append(

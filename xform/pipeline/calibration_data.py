@@ -21,14 +21,16 @@ from xform.limits import Unpacked
 from xform.npz import read_npz
 from xform.pipeline.oracle import to_numpy
 from xform.pipeline.random_inputs import random_inputs, required_inputs
+from xform.pipeline.sizes import input_dims, meanings
 from xform.tell import tell
 from xform.text import shown
 
+_ROWS = 8  # of a batch that a result is compared on
 MAX_BATCHES = 16  # read of an iterable or a folder; more costs time and changes little
 RANDOM_BATCHES = 4
 WARNING = (
     "CALIBRATED ON RANDOM DATA: no calibration was given, so which layers tolerate int8 was judged on random inputs; "
-    "give calibration= (an .npz, a folder of them, or an iterable of inputs) before relying on the accuracy"
+    "give calibration= with real inputs before relying on the accuracy"
 )
 _FILE = "the calibration file"
 _FORMS = "give an .npz file, a folder of them, or an iterable of inputs"
@@ -66,6 +68,18 @@ def calibration_batches(model: ir.Model, given: Any, flatten: Flatten | None = N
     for warning in warnings:
         tell(warning)
     return batches, "; ".join(warnings)
+
+
+def first_rows(model: ir.Model, batch: Batch) -> Batch:
+    """A few samples of a batch, cut along every dynamic batch dim; what has none stays whole."""
+    dims = input_dims([value for value in model.graph.inputs if value.name in batch])
+    means = meanings(dims)
+    cut = dict(batch)
+    for entry in dims:
+        for axis, dim in enumerate(entry.dims or ()):
+            if means.get(str(dim)) == "batch" and isinstance(batch[entry.name], np.ndarray):
+                cut[entry.name] = cut[entry.name].take(np.arange(min(batch[entry.name].shape[axis], _ROWS)), axis)
+    return cut
 
 
 def _samples(given: Any, flatten: Flatten | None) -> Iterator[tuple[str, Batch]]:
@@ -223,4 +237,4 @@ def _says_little(model: ir.Model, batches: Sequence[Batch]) -> Iterator[str]:
             )
 
 
-__all__ = ["MAX_BATCHES", "RANDOM_BATCHES", "WARNING", "Batch", "Flatten", "calibration_batches"]
+__all__ = ["MAX_BATCHES", "RANDOM_BATCHES", "WARNING", "Batch", "Flatten", "calibration_batches", "first_rows"]

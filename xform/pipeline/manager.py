@@ -347,9 +347,13 @@ def _cost(size: Size | None) -> Cost | None:
 
 
 def _place(error: Exception) -> str:
-    """` (raise_gelu.py:42)`, the innermost line of code that belongs to no package of the environment."""
+    """` (raise_gelu.py:42)`, the innermost line of a rule or pass, not of what runs it or of a library."""
+    root = Path(__file__).parents[1]
+    machinery = (str(root / "pipeline"), str(root / "rewrite"))
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    known = [f for f in frames if f.filename.startswith(str(root)) or "site-packages" not in f.filename]
+    rules = [frame for frame in known if not frame.filename.startswith(machinery)]
+    own = rules or [frame for frame in known if frame.filename != __file__]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 

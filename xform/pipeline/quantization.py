@@ -56,7 +56,7 @@ from xform.pipeline.row_scales import Variant, products_by_input, where_it_pays
 from xform.pipeline.sensitivity import Progress, Trial, search
 from xform.report.schema import PassReport
 from xform.rewrite.passes import Pass, PassContext
-from xform.rewrite.remarks import Remark
+from xform.rewrite.remarks import Remark, Verdict
 
 _STATIC = frozenset({"openvino"})  # backends that run the static form fast
 _BEFORE: dict[str, tuple[Pass, ...]] = {  # what either form runs fast
@@ -159,7 +159,8 @@ class Quantization:
             tried = self._migrated(name, tried, remarks)
         found = search(tried.trial, tried.candidate, self._progress)
         told = f"{name}: {found.describe()}"
-        remarks.append(Remark(candidate.name, "sensitivity", "applied", found.chosen.keep, told, "int8"))
+        done: Verdict = "applied" if any(found.quantized.values()) else "missed"
+        remarks.append(Remark(candidate.name, "sensitivity", done, found.chosen.keep, told, "int8"))
         passes = (*self._passes[: self._place], *tried.moved, found.chosen, *self._passes[self._place + 1 :])
         return Form(name, passes, tuple(remarks))
 

@@ -66,7 +66,9 @@ class Sensitivity:
         counts = " and ".join(f"{count} {called[kind]}" for kind, count in sorted(self.quantized.items()) if count)
         kept = f", {len(self.chosen.keep)} kept in float" if self.chosen.keep else ""
         before = f" ({self.error_before:.2g} with all of them)" if self.chosen.keep else ""
-        return f"{counts or 'nothing'} in int8{kept}; relative error on calibration {self.error:.2g}{before}"
+        if not counts:
+            return f"nothing in int8{kept}{before}"
+        return f"{counts} in int8{kept}; relative error on calibration {self.error:.2g}{before}"
 
 
 class Trial:

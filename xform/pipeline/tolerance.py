@@ -185,7 +185,7 @@ def resolve_tolerance(
     if user is None:
         return default_tolerance(dtype, fidelity, computed_in)
     if not np.isfinite(user) or user < 0:
-        raise UsageError(f"tolerance must be a number >= 0, got {user!r}", where=output)
+        raise UsageError(f"`tolerance` must be a number >= 0, got {user!r}", where=output)
     if not is_float(dtype):
         return EXACTLY_EQUAL
     known = fidelity if fidelity in _TABLE else "approximate"

@@ -52,6 +52,8 @@ CONCEPTS: dict[str, tuple[tuple[str, str], ...]] = {
     "conv": (("", "Conv"), ("com.microsoft", "FusedConv"), ("com.microsoft", "NhwcFusedConv")),
 }
 
+COUNTED = (*CONCEPTS, "int8")  # what `count_concepts` counts
+
 # What rules are about besides: not something that one operator is.
 TOPICS = ("reparameterization", "int8", "layout", "rows", "cleanup", "tuning", "capture", "padding")
 ALIASES: Mapping[str, str] = {"convolution": "conv", "batchnorm": "batch_norm", "layernorm": "layer_norm"}

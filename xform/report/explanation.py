@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from xform.report.concepts import ALIASES, CONCEPTS, TOPICS, places
+from xform.report.concepts import ALIASES, CONCEPTS, COUNTED, TOPICS, places
 from xform.report.schema import Report
 from xform.rewrite.remarks import Remark
 from xform.text import paragraph, shown
@@ -34,9 +34,9 @@ def explanation(report: Report, graph: ir.Model, concept: str | None = None) -> 
 
 def heading(graph: ir.Model, name: str, touched: bool) -> str:
     """How often a concept is in the result, and whether some pass had to do with it."""
-    untouched = "" if touched else ("; no pass touched it" if name in CONCEPTS else "no pass touched it")
-    if name not in CONCEPTS and name != "int8":
-        return f"{shown(name)}: {untouched}" if untouched else f"{shown(name)}:"
+    if name not in COUNTED:
+        return f"{shown(name)}:" if touched else f"{shown(name)}: no pass touched it"
+    untouched = "" if touched else "; no pass touched it"
     found = places(graph, name)
     if touched or not found:
         return f"{name}: {len(found)} in the result{untouched}"

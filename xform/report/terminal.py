@@ -92,7 +92,9 @@ def pass_table(passes: Sequence[PassReport], *, verbose: bool = False) -> Render
         style = "red" if entry.status == "rolled_back" else None
         table.add_row(entry.name, *pass_cells(entry), style=style)
     idle = len(passes) - len(listed)
-    rest = Text(f"{idle} {'more ' if listed else ''}pass runs found nothing to do", style="dim")
+    rest = Text(
+        f"{idle} {'more ' if listed else ''}pass run{'' if idle == 1 else 's'} found nothing to do", style="dim"
+    )
     return Group(*([table] if listed else []), *([rest] if idle else []))
 
 

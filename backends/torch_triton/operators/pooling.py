@@ -11,7 +11,6 @@ from xform.backends.torch_triton.functions import pooling
 from xform.backends.torch_triton.lower.site import Site, Unsupported
 from xform.backends.torch_triton.lower.table import lowers
 from xform.backends.torch_triton.operators.convolution import listed, padding, spatial_rank
-from xform.graph.values import shape_of
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -26,7 +25,7 @@ def _window(site: Site) -> tuple[int, list[int], list[int], list[int], Any]:
 
 def _has_windows(site: Site, kernel: list[int], pads: list[int], dilations: list[int]) -> bool:
     """Whether at least one window fits, as far as the sizes are known: torch's own operators refuse to make nothing."""
-    sizes = (shape_of(site.value(0)) or ())[2:]
+    sizes = (site.shape() or ())[2:]
     spans = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(kernel, pads, dilations, strict=False)]
     return all(not isinstance(size, int) or size >= span for size, span in zip(sizes, spans, strict=False))
 

@@ -44,6 +44,13 @@ def overridable(nodes: list[onnx.NodeProto], defaults: dict[str, np.ndarray], el
 # fold_constants
 
 
+@pytest.mark.filterwarnings("error")
+def test_folding_takes_the_logarithm_of_zero_without_a_warning_of_numpy() -> None:
+    text = "g (float[2,3] x, float[3] d) => (float[2,3] y) { l = Log(d) e = Exp(l) y = Add(x, e) }"
+    model, _ = rewritten(text, {"d": np.array([0, 1, 2], np.float32)}, {"x": floats(2, 3)}, FoldConstants())
+    assert ops(model) == ["Add"]
+
+
 def test_fold_arithmetic_on_constants() -> None:
     text = "g (float[2,4] x, float[4] a, float[4] b) => (float[2,4] y) { c = Mul(a, b) d = Sqrt(c) y = Add(x, d) }"
     constants = {"a": np.abs(floats(4)), "b": np.abs(floats(4))}
