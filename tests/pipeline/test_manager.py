@@ -223,14 +223,14 @@ def test_a_pass_that_raises_is_named_with_file_and_line(planted):
     assert re.search(r"RuntimeError: planted \(conftest\.py:\d+\)", result.passes[0].reason)
 
 
-<<<<<<< HEAD
 def test_a_wrong_option_is_the_users_to_mend_and_no_fault_of_the_pass():
     proto = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 18]> g (float[2,4] x) => (float[2,4] y) { y = Relu(x) }'
     )
     with pytest.raises(UsageError, match="form must be"):
         run_pipeline(ir.from_proto(proto), [ApproximateGelu(form="nonsense")])
-=======
+
+
 class _AsksForWhatWasNotBound(Rule):
     name = "asks"
     pattern = op("Add", var("x"), var("y"))
@@ -253,4 +253,3 @@ def test_a_mistake_of_a_rule_is_placed_in_the_rule_not_in_what_it_calls(planted)
     result = run_pipeline(planted.chain(), [_Asks()], verify="off")
     place = _AsksForWhatWasNotBound.rewrite.__code__.co_firstlineno + 1
     assert f"KeyError: 'nothing of this name' (test_manager.py:{place})" in result.passes[0].reason
->>>>>>> work-u

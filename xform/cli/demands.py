@@ -58,11 +58,7 @@ def parse_requirement(text: str) -> Requirement:
     name = match[1]
     if name not in COUNTED and not _is_operator(name):
         raise UsageError(
-<<<<<<< HEAD
-            f"--require {shown(text)!r}: {name!r} is neither a concept nor an operator", hint=closest(name, CONCEPTS)
-=======
-            f"--require {text!r}: {name!r} is neither a concept nor an operator", hint=closest(name, COUNTED)
->>>>>>> work-u
+            f"--require {shown(text)!r}: {name!r} is neither a concept nor an operator", hint=closest(name, COUNTED)
         )
     return Requirement(name, match[2] or ">=", int(match[3]) if match[3] else 1)
 
