@@ -45,10 +45,11 @@ def test_the_options_of_optimize_are_in_groups_by_what_they_are_for(xform: CLI) 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_printed_for_a_shell_and_completes(shell: str) -> None:
-    command = [sys.executable, "-m", "xform", "--show-completion", shell]
+    command = [sys.executable, "-m", "xform", "completion", shell]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "_XFORM_COMPLETE" in done.stdout
+    own = {"bash": "COMPREPLY", "zsh": "#compdef xform", "fish": "complete --command xform"}
+    assert "_XFORM_COMPLETE" in done.stdout and own[shell] in done.stdout
     if shell == "bash":
         asked = {
             **os.environ,
@@ -61,6 +62,11 @@ def test_completion_is_printed_for_a_shell_and_completes(shell: str) -> None:
             "--preset",
             "--precision",
         }
+
+
+def test_completion_for_an_unknown_shell_is_refused(xform: CLI) -> None:
+    run = xform("completion", "tcsh")
+    assert run.code == 2 and "no completion for the shell 'tcsh'" in run.err and "bash" in run.err
 
 
 def test_every_option_of_optimize_is_a_parameter_of_the_api() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from xform.cli import bench, bisect, diff, doctor, explain, inspect, optimize, passes, verify
+from xform.cli import bench, bisect, completion, diff, doctor, explain, inspect, optimize, passes, verify
 from xform.cli.command import Command
 from xform.cli.common import first_line
 from xform.cli.session import Session
@@ -48,6 +48,7 @@ def _build_app() -> typer.Typer:
         (bench, bench.bench),
         (passes, passes.passes),
         (doctor, doctor.doctor),
+        (completion, completion.completion),
     ):
         app.command(command.__name__, cls=Command, epilog=module.EXAMPLES, context_settings=_HELP)(command)
     return app

@@ -338,5 +338,5 @@ def test_a_classifier_computes_one_token_of_its_last_block_and_is_packed_before(
 def test_a_model_without_mask_is_refused() -> None:
     with pytest.raises(UsageError, match="padding='packed' is not possible: there is no attention"):
         xform.optimize(torch.nn.Linear(4, 4), inputs=torch.ones(2, 4), padding="packed")
-    with pytest.raises(UsageError, match="padding must be"):
+    with pytest.raises(UsageError, match="padding='none' is unknown"):
         xform.optimize(torch.nn.Linear(4, 4), padding="none")
