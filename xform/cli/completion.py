@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from typer.completion import Shells, get_completion_script
+from typer._completion_shared import Shells, get_completion_script
 
 from xform.cli.common import Debug, examples
 from xform.errors import UsageError
