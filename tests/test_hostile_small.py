@@ -19,7 +19,7 @@ SLOW = (
 )  # fmt: skip
 ALWAYS = (
     "name/node-escape", "name/error-megabytes", "invalid/graphs/cycle-of-two", "dim/input-power-optimize",
-    "text/names-optimize", "unpacked/calibration-folder", "pass-option/pipe",
+    "text/names-optimize", "pass-option/pipe",
 )  # fmt: skip
 
 

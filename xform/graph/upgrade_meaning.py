@@ -74,8 +74,8 @@ def _softmax_13(node: ir.Node, emit: Emitter) -> Sequence[ir.Value] | None:
         tail = [int(str(size)) for size in shape[len(lead) :]]
         rows = emit.op("Reshape", x, emit.ints([*lead, math.prod(tail)], "shape"))
         return [emit.op("Reshape", emit.op(node.op_type, rows, axis=-1), emit.ints([*lead, *tail], "shape"))]
-    rows = emit.op("Flatten", x, axis=axis)
-    return [emit.op("Reshape", emit.op(node.op_type, rows, axis=-1), emit.op("Shape", x))]
+    rows = emit.op(node.op_type, emit.op("Flatten", x, axis=axis), axis=-1)
+    return [emit.op("Reshape", rows, emit.op("Shape", x), allowzero=1)]  # sizes of 0 are sizes, not "as it was"
 
 
 @step(10, "Upsample")
