@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,12 +81,17 @@ class Original:
                 self.outputs.append(None)
 
     def _as_declared(self, outputs: Outputs) -> bool:
-        """Whether each output has the axes that its model declares: some kernels keep a reduced axis of nothing."""
+        """Whether each output has the sizes that its model declares: some kernels keep a reduced axis of nothing."""
         declared = (v.type.tensor_type for v in self.model.graph.output)
         return all(
-            not kind.HasField("shape") or len(kind.shape.dim) == np.ndim(x)
+            not kind.HasField("shape") or _has(kind.shape.dim, np.shape(x))
             for kind, x in zip(declared, outputs, strict=True)
         )
+
+
+def _has(dims: Sequence[Any], shape: tuple[int, ...]) -> bool:
+    fixed = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+    return len(fixed) == len(shape) and all(want in (None, got) for want, got in zip(fixed, shape, strict=True))
 
 
 def judge(case: Case, tell: Tell, skip: frozenset[int] = frozenset(), optimize: Any = None) -> Outcome:
