@@ -94,6 +94,7 @@ def test_budgets_within() -> None:
     ("budgets", "words"),
     [
         (Budgets(max_size=99), "size 100 B"),
+        (Budgets(max_latency_ratio=float("nan")), "latency after/before"),
         (Budgets(max_latency_ratio=0.9), "latency after/before 1.000"),
         (Budgets(max_error=1e-6), "relative error 1.00e-05"),
     ],

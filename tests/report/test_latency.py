@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from xform.errors import TargetError
+from xform.report import latency
 from xform.report.latency import Deployed, Loaded, Timing, compare, figures, measure, typical_rounds
 
 
@@ -117,3 +118,18 @@ def test_what_compare_reports_is_consistent(tmp_path: Path) -> None:
     model = _model(tmp_path / "m.onnx", 2)
     report = compare(model, model, FEEDS, rounds=5, seconds=0, threads=1)
     assert report.speedup == report.before_ms / report.after_ms
+
+
+def test_a_worker_that_was_killed_is_an_error_of_the_target(tmp_path: Path) -> None:
+    """Its unsent request must not come up again as a broken pipe, which a command takes for a reader that has gone."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) { y = Neg(x) }'
+    )
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    np.savez(tmp_path / "feeds.npz", **{"0": np.ones(2, np.float32)})
+    worker = latency._Contender(Deployed(path), tmp_path / "feeds.npz", ["x"], 1)
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(TargetError, match="its process ended with status -9"):
+        worker._ask({"seconds": 0.01, "runs": 1})

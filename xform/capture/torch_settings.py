@@ -148,8 +148,9 @@ class _Length:
 def _copied(live: Any) -> Any:
     if isinstance(live, _Length):
         return len(live)
-    kind = next(kind for kind in _CONTAINERS if isinstance(live, kind))  # a plain one, whatever classes derive from it
-    return kind(live)
+    # a plain one, whatever classes derive from it; a table of some other kind (torch.jit's) is compared by identity
+    kind = next((kind for kind in _CONTAINERS if isinstance(live, kind)), None)
+    return live if kind is None else kind(live)
 
 
 def _as_dict(container: Any) -> Mapping[Any, Any]:

@@ -91,7 +91,7 @@ def bisect(
         )
     session.document.update({"model": str(model), "passes": [p.name for p in plan.passes], **result.as_dict()})
     if not result.found:
-        session.show(f"all {len(wanted)} passes keep the numbers", style="green")
+        session.show(f"all {len(plan.passes)} passes keep the numbers", style="green")
         return
     _show(session, result)
     raise VerificationError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from typer._completion_shared import Shells, get_completion_script
 
 from xform.cli.common import Debug, examples
 from xform.errors import UsageError
@@ -20,6 +19,8 @@ def completion(
     shell: Annotated[str, typer.Argument(help="The shell that the script is for.")], debug: Debug = False
 ) -> None:
     """Print the script that completes xform in a shell: bash, zsh, fish, powershell or pwsh."""
+    from typer._completion_shared import Shells, get_completion_script  # of no public module; nothing else needs it
+
     known = [one.value for one in Shells]
     if shell not in known:
         raise UsageError(f"no completion for the shell {shown(shell)!r}", hint=f"use {', '.join(known)}")

@@ -132,7 +132,7 @@ class Budgets:
             missed.append(f"size {found} is above the budget of {human_bytes(self.max_size)}")
         if self.max_latency_ratio is not None:
             ratio = None if latency is None else 1 / latency.speedup
-            if ratio is None or ratio > self.max_latency_ratio:
+            if ratio is None or not ratio <= self.max_latency_ratio:
                 found = "unknown" if ratio is None else f"{ratio:.3f}"
                 missed.append(f"latency after/before {found} is above the budget of {self.max_latency_ratio:g}")
         if self.max_error is not None and (error is None or not error <= self.max_error):

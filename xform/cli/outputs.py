@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def _read(model: Path, given: Sequence[Path | None], written: list[Path]) -> lis
     read = [] if model == STANDARD else files_of(model)
     for path in given:
         if path is not None and path != Path():
-            read += [path] if not path.is_dir() else [one for one in path.iterdir() if one.is_file()]
+            read += [path] if not os.path.isdir(path) else [one for one in path.iterdir() if one.is_file()]
     with contextlib.suppress(RuntimeError, OSError):  # a user without a home folder, or rights on it, has no cache
         read += entries()
     return read

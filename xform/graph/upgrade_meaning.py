@@ -68,7 +68,7 @@ def _softmax_13(node: ir.Node, emit: Emitter) -> Sequence[ir.Value] | None:
         set_attribute(node, "axis", -1)
         return None
     shape = shape_of(x)
-    if shape is not None and all(isinstance(size, int) and size > 0 for size in shape[axis % len(shape) :]):
+    if shape and all(isinstance(size, int) and size > 0 for size in shape[axis % len(shape) :]):
         # constant targets, which hold for batches of none too
         lead = [0] * (axis % len(shape))
         tail = [int(str(size)) for size in shape[len(lead) :]]

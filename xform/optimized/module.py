@@ -135,7 +135,9 @@ class OptimizedModule(Optimized):
 
     def _bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program, dict[str, Any]]:
         """The graph for this call, and its inputs. The last used one is tried first, in one pass over the arguments."""
-        programs, weights = self._programs, self._weights
+        # weights first: another thread may capture again between the two, and then these say that they have changed
+        weights = self._weights
+        programs = self._programs
         if programs and weights is not None and not weights.changed():
             with contextlib.suppress(UsageError):  # another graph may take this call, or one has to be captured
                 return programs[0], programs[0].captured.flatten(args, kwargs)

@@ -146,6 +146,10 @@ class Session:
     def _run_apart(self, feeds: Mapping[str, Any]) -> list[Any]:
         """Run in a child process that the runtime may end."""
         assert self._proto is not None
+        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in self._proto.graph.initializer):
+            raise CouldNotRunError(
+                "an operator may end the process on an empty input, and data files are not taken to another"
+            )
         child = Child(self._proto, self._lent, self._threads, DEFAULT_TIMEOUT_S)
         try:
             return child.run(feeds)

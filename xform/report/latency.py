@@ -280,4 +280,5 @@ class _Contender:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None and not stream.closed:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # an unsent request to a process that is gone
+                    stream.close()
