@@ -18,7 +18,8 @@ weights are random, with random BatchNorm statistics, non-zero biases and layer 
     rerun_changes       passes that would change the result again
     speedup             latency of the captured over that of the optimized model, processes of their own in turn
 
-An adapter must vanish: `nodes` (optimized) equals `nodes_base` (the base model, optimized). Adapters with `left` cannot
+An adapter must vanish: `nodes` (optimized) is at most `nodes_base` (the base model, optimized; GPT-2's own Conv1D keeps
+views around its products that are gone where an adapter was merged into them). Adapters with `left` cannot
 be merged; they need a remark. Numerical verification is off, so that nothing is rolled back in its mercy.
 Exit code 0 if every figure is within its limit (`failed` says which are not), else 1.
 """
@@ -82,7 +83,7 @@ def adapter_failures(f: Figures) -> list[str]:
     failures = common_failures(f)
     if "error" in f:
         return failures
-    if f["nodes"] != f["nodes_base"]:
+    if f["nodes"] > f["nodes_base"]:
         failures.append(f"{f['nodes']} nodes, the base model has {f['nodes_base']}")
     if f["left"] and not f["remarks"]:
         failures.append("left without a remark")

@@ -240,3 +240,13 @@ def test_a_float64_norm_with_an_epsilon_that_float32_holds_is_raised() -> None:
     RemoveDeadCode().run(model, PassContext())
     assert [node.op_type for node in model.graph] == ["RMSNormalization"]
     np.testing.assert_allclose(run(model, feeds)[0], expected[0], rtol=1e-13, atol=1e-13)
+
+
+class _Reshapes(Stub):
+    def rewrite(self, match: Match, build: Builder) -> ir.Value:
+        return build.reshape(match["x"], slice(0, 1), slice(1, None))
+
+
+def test_a_rule_that_asks_for_an_unknown_rank_is_a_missed_one() -> None:
+    model = parse("g (float[N,4] x, int64[k] s) => (float[N,4] y) { a = Reshape(x, s)  b = Relu(a)  y = Neg(b) }")
+    assert "the rank of a is not known" in refused(model, _Reshapes("Relu"))

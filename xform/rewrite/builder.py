@@ -23,6 +23,10 @@ RULE = "xform.rule"
 _LOSSLESS = 1e-11  # relative, among float64 operands
 
 
+class UnknownRankError(Exception):
+    """A replacement cannot be written, because the rank of one of its operands is not known."""
+
+
 class Builder:
     """Collects the nodes and initializers of one rewrite; the rewriter inserts them.
 
@@ -87,9 +91,13 @@ class Builder:
         Args:
             sizes: One entry per new axis: a number; the axes of `x` whose sizes are multiplied, as a slice; or such a
                 slice and a number that divides the product.
+
+        Raises:
+            UnknownRankError: The rewriter takes it for a refusal.
         """
         shape = shape_of(x)
-        assert shape is not None
+        if shape is None:
+            raise UnknownRankError(f"the rank of {x.name or 'a value'} is not known")
         wanted = [_wanted(size, shape) for size in sizes]
         target = constant_target(wanted, shape)
         if target is not None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from xform.errors import XformError
 from xform.graph.values import display_name
 from xform.rewrite.agreement import disagreement, lost_kernel, uncertain_rank
-from xform.rewrite.builder import Builder
+from xform.rewrite.builder import Builder, UnknownRankError
 from xform.rewrite.edits import Edit, commit, undo
 from xform.rewrite.matcher import Match, Search
 from xform.rewrite.pattern import Key
@@ -138,7 +138,10 @@ class Rewriter:
         origin = _origin(nodes)
         names = tuple(dict.fromkeys(display_name(n) for n in nodes))  # before the commit, which renames values
         builder = Builder(self.model.opset_imports, self._unique, origin, self.pass_name, rule.name)
-        result = rule.rewrite(match, builder)
+        try:
+            result = rule.rewrite(match, builder)
+        except UnknownRankError as error:
+            result = Failure(str(error), tuple(nodes))
         values = () if isinstance(result, Failure) else _values(result)
         refused = result if isinstance(result, Failure) else self._refused(rule, match, values, builder)
         if refused is not None:
