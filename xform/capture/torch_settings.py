@@ -24,7 +24,7 @@ _ABSENT = object()
 _IRRELEVANT = frozenset({"training", "_compiled_call_impl", "_is_full_backward_hook", "_non_persistent_buffers_set"})
 # Of what every module has in its __dict__, only these tables say what forward does; the mode is always evaluation.
 _TABLES = ("_modules", "_forward_hooks", "_forward_pre_hooks")
-_OF_TORCH = frozenset(vars(torch.nn.Module())) | {"_is_hf_initialized"}
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
 
 
 class _Watched:

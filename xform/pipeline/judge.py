@@ -128,8 +128,3 @@ class Judge:
             self.notes.append(f"the noise of rounding could not be measured: {error.what}")
             return {}, None
         return measured.still, measured.nudged[number]
-
-
-def agree(errors: list[OutputError]) -> bool:
-    """Whether every output is within tolerance."""
-    return all(error.agrees for error in errors)

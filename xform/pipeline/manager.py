@@ -347,7 +347,7 @@ def _cost(size: Size | None) -> Cost | None:
 
 
 def _place(error: Exception) -> str:
-    """` (raise_gelu.py:42)`, the innermost line of a rule or pass, not of what runs it or of a library."""
+    """` (raise_gelu.py:42)`, the innermost line of a rule or pass, not of what runs it or of an installed library."""
     root = Path(__file__).parents[1]
     machinery = (str(root / "pipeline"), str(root / "rewrite"))
     frames = traceback.extract_tb(error.__traceback__)

@@ -146,7 +146,7 @@ class Session:
     def _run_apart(self, feeds: Mapping[str, Any]) -> list[Any]:
         """Run in a child process that the runtime may end."""
         assert self._proto is not None
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in self._proto.graph.initializer):
+        if has_external_data(self._proto):
             raise CouldNotRunError(
                 "an operator may end the process on an empty input, and data files are not taken to another"
             )
@@ -335,6 +335,11 @@ def _downgraded(model: ir.Model, opset: int) -> ir.Model:
     except ModelError as error:
         raise CouldNotRunError(f"ONNX Runtime knows opsets up to {opset}: {error.what}", where=error.where) from error
     return copy
+
+
+def has_external_data(proto: onnx.ModelProto) -> bool:
+    """Whether weights of a model lie in files of their own."""
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
 
 
 def _operators(proto: onnx.ModelProto) -> set[str]:

@@ -18,7 +18,16 @@ import onnx
 import onnx_ir as ir
 
 from xform.pipeline.isolated import isolation_timeout
-from xform.pipeline.oracle import CouldNotRunError, Inputs, Oracle, Outputs, Session, call_oracle, to_numpy
+from xform.pipeline.oracle import (
+    CouldNotRunError,
+    Inputs,
+    Oracle,
+    Outputs,
+    Session,
+    call_oracle,
+    has_external_data,
+    to_numpy,
+)  # fmt: skip
 
 Execute = Callable[[ir.Model, Sequence[Inputs]], list[Outputs]]
 
@@ -56,7 +65,7 @@ class OriginalModel:
             proto.CopyFrom(self._source)
         else:
             proto = onnx.ModelProto.FromString(self._source)
-        if folder is not None and isolation_timeout() is not None and _has_external_data(proto):
+        if folder is not None and isolation_timeout() is not None and has_external_data(proto):
             raise CouldNotRunError("its data files are not taken into the process that runs it")
         self._session = Session(proto, folder=folder)
 
@@ -71,10 +80,6 @@ class OriginalModel:
         if self._session is not None:
             self._session.close()
             self._session = None
-
-
-def _has_external_data(proto: onnx.ModelProto) -> bool:
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
 
 
 class Reference:
