@@ -136,6 +136,21 @@ def test_a_closed_pipe_is_no_error(mlp: Path) -> None:
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("optimize {0} --max-size 1B --report r.json --verbose", 6), ("optimize {0} --require attention", 4)],
+)
+def test_a_closed_pipe_does_not_hide_how_a_command_ended(mlp: Path, tmp_path: Path, arguments: str, code: int) -> None:
+    """Both streams have a reader that has gone before anything is written."""
+    command = [sys.executable, "-u", "-m", "xform", *arguments.format(mlp).split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=writer, env=_environment(), cwd=tmp_path, check=False)
+    os.close(writer)
+    assert done.returncode == code
+    assert (tmp_path / "r.json").exists() == ("--report" in arguments)
+
+
 def test_interrupting_a_real_run_ends_with_130_and_leaves_nothing(mlp: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xform", "bench", str(mlp), str(mlp), "--rounds", "1000", "--json"]
     process = subprocess.Popen(

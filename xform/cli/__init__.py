@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -80,10 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(json="--json" in arguments, debug="--debug" in arguments)
     with session.opened():
         code = _run(arguments, session)
-    try:
-        session.finish(code)
-    except BrokenPipeError:  # the reader of stdout has gone; Python must not try to flush it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    session.finish(code)
     return code
 
 
@@ -117,8 +113,8 @@ def _dispatch(argv: list[str], session: Session) -> int:
     except (KeyboardInterrupt, typer.Abort):
         session.complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError as error:
+        return 0 if not session.running else _internal(error, session)  # while help was printed, its reader has gone
     except Exception as error:
         return _internal(error, session)
 

@@ -316,9 +316,10 @@ def _tell(session: Session, result: Optimized, path: Path | None, verbose: bool)
     from xform.report.files import write_report
 
     session.document["report"] = result.report.as_dict()
+    if path is not None:
+        write_report(result.report, path)
     session.say(report_view(result.report, verbose=verbose, warnings=False))
     for warning in result.report.warnings:
         session.warn(warning)
     if path is not None:
-        write_report(result.report, path)
         session.say(f"report in {path}", soft_wrap=True)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,20 @@ from xform.text import escaped, paragraph
 _TOLD = 500  # characters that tell one warning from another
 
 
+@contextlib.contextmanager
+def _read_no_more(stream: TextIO) -> Iterator[None]:
+    """Let the reader of a stream go away inside: the command goes on, and its exit code says what came of it.
+
+    What is left in the stream's buffer must not fail again when Python flushes it at exit.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class Session:
     """One invocation of the command line.
 
@@ -33,6 +48,7 @@ class Session:
         debug: Whether errors come with a traceback.
         quiet: Whether only results, warnings and errors are printed.
         document: The JSON document so far; a failing command may have filled it before it failed.
+        running: Whether a command runs, not only its help.
         stderr: The console for everything but results.
         stdout: The console for results.
     """
@@ -47,6 +63,7 @@ class Session:
             self._out.reconfigure(errors="backslashreplace")
         self.stderr = console_of(self._err, folded=True)
         self.stdout = console_of(self._out, folded=False)
+        self.running = False
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
@@ -68,6 +85,7 @@ class Session:
 
     def started(self) -> None:
         """A command runs from here on: help has been printed, so stdout is for results only."""
+        self.running = True
         if isinstance(sys.stderr, Escaping):
             sys.stdout = sys.stderr
 
@@ -79,17 +97,18 @@ class Session:
     def show(self, result: object = "", **style: Any) -> None:
         """Print a result on stdout; with --json nothing, as the document holds it."""
         if not self.json:
-            self._out.write(printed(self.stdout, _text(result), **style))
+            self._to_out(printed(self.stdout, _text(result), **style))
 
     def write(self, text: str) -> None:
         """Write a result that is text, long lines unfolded, to stdout."""
         text = escaped(text, keep="\n\t")
-        self._out.write(text if text.endswith("\n") else text + "\n")
+        self._to_out(text if text.endswith("\n") else text + "\n")
 
     def write_bytes(self, data: bytes) -> None:
         """Write a file's content to stdout."""
-        self._out.flush()
-        self._out.buffer.write(data)
+        with _read_no_more(self._out):
+            self._out.flush()
+            self._out.buffer.write(data)
 
     def warn(self, message: str) -> None:
         """Print a warning on stderr, each text once."""
@@ -117,18 +136,24 @@ class Session:
 
     def finish(self, code: int) -> None:
         """Print the document, if one was asked for."""
-        if self.json:
-            from xform.report.schema import plain
+        with _read_no_more(self._out):
+            if self.json:
+                from xform.report.schema import plain
 
-            json.dump(plain({**self.document, "exit_code": code}), self._out, indent=2, allow_nan=False)
-            self._out.write("\n")
-        self._out.flush()
+                json.dump(plain({**self.document, "exit_code": code}), self._out, indent=2, allow_nan=False)
+                self._out.write("\n")
+            self._out.flush()
+
+    def _to_out(self, text: str) -> None:
+        with _read_no_more(self._out):
+            self._out.write(text)
 
     def _print_error(self, text: object, **style: Any) -> None:
-        if self.stderr.is_terminal:  # a progress bar may be there, which moves aside for what is printed
-            self.stderr.print(_text(text), **style)
-        else:
-            self.stderr.file.write(printed(self.stderr, _text(text), **style))
+        with _read_no_more(self._err):
+            if self.stderr.is_terminal:  # a progress bar may be there, which moves aside for what is printed
+                self.stderr.print(_text(text), **style)
+            else:
+                self.stderr.file.write(printed(self.stderr, _text(text), **style))
 
     def _show_warning(
         self,
