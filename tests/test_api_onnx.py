@@ -310,3 +310,16 @@ xform.optimize(onnx.parser.parse_model(model))
     done = subprocess.run([sys.executable, "-c", program], env=rest | own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_ranges_of_dims_are_verified_beside_given_inputs() -> None:
+    rng = np.random.default_rng(3)
+    given = {name: rng.standard_normal((3, 8)).astype(np.float32) for name in ("x", "skip")}
+    verified = xform.optimize(proto(), inputs=given, dynamic={"batch": (2, 11)}).report.verification
+    assert verified.passed and {"batch=2", "batch=11", "batch=3"} <= _sizes(verified.inputs)
+    with pytest.raises(UsageError, match="is not a range"):
+        xform.optimize(proto(), inputs=given, dynamic={"batch": (11, 2)})
+
+
+def _sizes(inputs: Any) -> set[str]:
+    return {word.strip("(),") for text in inputs for word in str(text).split() if "batch=" in word}

@@ -186,9 +186,11 @@ def onnx_inputs(model: ir.Model, inputs: Any, dynamic: Any) -> Any:
     Raises:
         UsageError: A form or a dim that does not exist.
     """
-    if isinstance(dynamic, Mapping) and inputs is None:
+    if isinstance(dynamic, Mapping):
         lows, highs = ({name: _bound(name, r, end) for name, r in dynamic.items()} for end in (0, 1))
-        return [InputCase(random_inputs(model, sizes=sizes), sizes) for sizes in (lows, highs)]
+        ends = [InputCase(random_inputs(model, sizes=sizes), sizes) for sizes in (lows, highs)]
+        given = onnx_inputs(model, inputs, None)
+        return [*([given] if isinstance(given, Mapping) else given or ()), *ends]
     if dynamic is not None and dynamic != "auto" and not isinstance(dynamic, Mapping):
         raise UsageError(f"dynamic={dynamic!r} is not known", hint='use None, "auto", or {"batch": (1, 8)}')
     if inputs is None or isinstance(inputs, Mapping):

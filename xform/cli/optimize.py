@@ -277,11 +277,10 @@ def _measure_latency(
     threads: int | None,
 ) -> LatencyReport:
     """Latency of the model as it came and of the result, in turn."""
-    from xform.capture.onnx_file import capture_onnx
     from xform.pipeline.random_inputs import random_inputs
     from xform.report.latency import Deployed, compare
 
-    complete = random_inputs(capture_onnx(model), 0, sizes, feeds)
+    complete = random_inputs(result.graph, 0, sizes, feeds)  # whose inputs are the model's, with --input-shape
     with tempfile.TemporaryDirectory(prefix="xform-") as folder, progress_bar(session, "measuring") as advance:
         after = result.save(Path(folder, "model.onnx"))[0]
         settings = result.artifact.metadata.get("session", {})
