@@ -2,8 +2,8 @@
 
 A number may differ from the reference by a small part of itself or, where it is small beside its neighbours, of their
 typical size. Where it differs by more, the reference itself is the arbiter: the original graph is run again with every
-weight, input and intermediate value moved by about a rounding error. What moves a number of the original that far may
-move it in the result too (a comparison at its threshold, a difference of nearly equal numbers).
+weight, input and intermediate value moved by about a rounding error, and by a few of them. What moves a number of the
+original that far may move it in the result too (a comparison at its threshold, a difference of nearly equal numbers).
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from onnx import AttributeProto, helper, numpy_helper
 
 # dtype: (relative tolerance, size of a nudge)
 TOLERANCES = {"float64": (1e-10, 1e-15), "float32": (4e-5, 3e-7), "float16": (8e-3, 1.5e-3), "bfloat16": (3e-2, 8e-3)}
-ARBITER = 24.0  # times what nudging does
+ARBITER = 24.0  # times what a nudge of one rounding error does
+NUDGES = (1.0, 8.0)  # times a rounding error: what lies a few of them off a threshold is crossed by the large one alone
 NUDGED_RUNS = 24
 _BOUNDED = ("Div", "Reciprocal", "Sigmoid", "Tanh", "Erf", "Softmax", "HardSigmoid")
+_TIMES_BOUNDED = ("Div", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "Swish", "Mish")  # a bounded part times input 0
 
 _state = ort.capi.onnxruntime_pybind11_state
 _NO_KERNEL = (_state.NotImplemented, _state.InvalidGraph, _state.Fail, _state.InvalidArgument)
@@ -133,18 +135,20 @@ def _numbers(x: Any, y: Any, spread: Any, lenient: bool, loose: bool, factor: fl
 
 
 def spread(model: onnx.ModelProto, feed: Feed, want: Outputs, rounding: str = "") -> list[Any] | None:
-    """How far nudging moves each number; None where nudged graphs do not run.
+    """How far nudging by one rounding error moves each number; None where nudged graphs do not run.
+
+    What larger nudges do is divided by their size, so that only what jumps comes out larger for them.
 
     Args:
         rounding: The dtype whose rounding errors to nudge by, where it is not that of each value.
     """
     moved: list[Any] = [np.zeros(np.asarray(x).shape) for x in want]
     ran = False
-    for seed in range(NUDGED_RUNS):
+    for seed, size in ((seed, size) for size in NUDGES for seed in range(NUDGED_RUNS)):
         rng = np.random.default_rng(seed)
         try:
-            moved_feed = {k: _nudge(v, rng, rounding) for k, v in feed.items()}
-            outputs = session(nudged(model, rng, rounding)).run(None, moved_feed)
+            moved_feed = {k: _nudge(v, rng, rounding, size) for k, v in feed.items()}
+            outputs = session(nudged(model, rng, rounding, size)).run(None, moved_feed)
         except _NO_KERNEL:  # for one of the products that nudge; the others may do
             continue
         ran = True
@@ -156,7 +160,7 @@ def spread(model: onnx.ModelProto, feed: Feed, want: Outputs, rounding: str = ""
                 a, b = x.astype(np.float64), y.astype(np.float64)
                 apart = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.inf)
                 same = (a == b) | (np.isnan(a) & np.isnan(b))
-                moved[i] = np.maximum(moved[i], np.where(same, 0.0, apart))
+                moved[i] = np.maximum(moved[i], np.where(same, 0.0, apart) / size)
             else:
                 moved[i] = np.maximum(moved[i], x != y)
     return moved if ran else None
@@ -166,32 +170,34 @@ def _step(dtype: Any, rounding: str) -> float:
     return TOLERANCES[rounding or str(np.dtype(dtype))][1]
 
 
-def _nudge(array: Any, rng: np.random.Generator, rounding: str) -> Any:
+def _nudge(array: Any, rng: np.random.Generator, rounding: str, size: float) -> Any:
     array = np.asarray(array)
     if str(array.dtype) not in TOLERANCES:
         return array
-    step = _step(array.dtype, rounding) * rng.uniform(-1, 1, array.shape)
+    step = size * _step(array.dtype, rounding) * rng.uniform(-1, 1, array.shape)
     with np.errstate(all="ignore"):
         return np.asarray((array.astype(np.float64) * (1 + step)).astype(array.dtype))
 
 
-def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "") -> onnx.ModelProto:
+def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "", size: float = 1.0) -> onnx.ModelProto:
     """The model with every weight moved, and each float value multiplied by nearly one.
 
-    Quotients and bounded functions are moved by a part of their largest value too: runtimes compute these functions,
-    which quotients may be spellings of, to an absolute error. Exponentials are moved by about the smallest number,
-    since some kernels round it to zero.
+    Quotients and bounded functions, and numbers times a bounded function, are moved by a part of their largest value
+    too: runtimes compute these functions, which quotients may be spellings of, to an absolute error. Exponentials are
+    moved by about the smallest number, since some kernels round it to zero. Exponents stay as they are: a negative
+    number to nearly the first power is none.
     """
     out = onnx.ModelProto()
     out.CopyFrom(model)
     graph = out.graph
+    exponents = {node.input[1] for node in _nodes(model) if node.op_type == "Pow"}
     for tensor in graph.initializer:
         array = numpy_helper.to_array(tensor)
-        if array.dtype.kind == "f" and array.size:
-            tensor.CopyFrom(numpy_helper.from_array(_nudge(array, rng, rounding), tensor.name))
+        if array.dtype.kind == "f" and array.size and tensor.name not in exponents:
+            tensor.CopyFrom(numpy_helper.from_array(_nudge(array, rng, rounding, size), tensor.name))
     types = _float_values(model)
     nodes = list(graph.node)
-    outputs, captured = {o.name for o in graph.output}, _captured(nodes)
+    outputs, still = {o.name for o in graph.output}, _captured(nodes) | exponents
     del graph.node[:]
     renamed: dict[str, str] = {}
     for node in nodes:
@@ -199,20 +205,18 @@ def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "")
         place = len(graph.node)
         graph.node.append(node)
         for name in node.output if all(a.type != AttributeProto.GRAPH for a in node.attribute) else ():
-            if types.get(name) is not None and name not in captured:
-                made = _moved(graph, place, name, types[name], rng, rounding, final=name in outputs)
+            if types.get(name) is not None and name not in still:
+                step = size * _step(helper.tensor_dtype_to_np_dtype(types[name]), rounding)
+                made = _moved(graph, place, name, types[name], rng, step, final=name in outputs)
                 if made != name:
                     renamed[name] = made
     return out
 
 
-def _moved(
-    graph: Any, place: int, name: str, dtype: int, rng: np.random.Generator, rounding: str, *, final: bool
-) -> str:
+def _moved(graph: Any, place: int, name: str, dtype: int, rng: np.random.Generator, step: float, *, final: bool) -> str:
     """Nodes that move a value; its new name, which is the old one for an output of the graph."""
     node = graph.node[place]
     kind = helper.tensor_dtype_to_np_dtype(dtype)
-    step = _step(kind, rounding)
     source, target = name, f"nudged:{name}"
     if final:
         source, target = f"plain:{name}", name
@@ -223,13 +227,13 @@ def _moved(
         return f"{label}:{name}"
 
     factor = number("nudge", 1 + step * rng.uniform(-1, 1))
-    if node.op_type not in (*_BOUNDED, "Exp"):
+    if node.op_type not in (*_BOUNDED, *_TIMES_BOUNDED, "Exp"):
         graph.node.append(helper.make_node("Mul", [source, factor], [target]))
         return target
     graph.node.append(helper.make_node("Mul", [source, factor], [f"near:{name}"]))
     least = 8 * float(np.finfo(kind).smallest_subnormal if kind == np.float16 else np.finfo(kind).tiny)
     shift = number("shift", (least if node.op_type == "Exp" else step / 4) * rng.uniform(-1, 1))
-    if node.op_type == "Div":
+    if node.op_type in _TIMES_BOUNDED:
         graph.node.append(helper.make_node("Mul", [node.input[0], shift], [f"part:{name}"]))
         shift = f"part:{name}"
     graph.node.append(helper.make_node("Add", [f"near:{name}", shift], [target]))

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from differential_compare import TOLERANCES, Difference, Feed, Outputs, differences, retyped, session, spread
+from differential_arbiter import arbitrated, finite, runtime_differs, undefined
+from differential_compare import Outputs, differences, retyped, session
 from differential_graphs import Case, operators
-from differential_sketch import BF16, F16, F32, F64
+from differential_sketch import BF16, F32
 
 OPSET_TARGETS = (13, 17, 21)
 INT8_BOUND = 0.5  # of the root mean square, over and above what noise of int8's size does
@@ -171,12 +172,7 @@ def _comparenumbers(case: Case, original: Original, result: Any, outcome: Outcom
     data = result.artifact.to_bytes()
     for optimized in (False, True) if case.seed % _OPTIMIZED_SHARE == 0 else (False,):
         tell(f"result: load, optimizations {'on' if optimized else 'off'}")
-        try:
-            outputs = _run_result(case, original, data, optimized, outcome, tell)
-        except Exception:
-            if optimized and _runtime_fails(case, original, tell):
-                return
-            raise
+        outputs = _run_result(case, original, data, optimized, outcome, tell)
         if outcome.verdict != "ok":
             return
         _compare(case, original, outputs, outcome, optimized)
@@ -187,7 +183,12 @@ def _comparenumbers(case: Case, original: Original, result: Any, outcome: Outcom
 def _run_result(
     case: Case, original: Original, data: bytes, optimized: bool, outcome: Outcome, tell: Tell
 ) -> list[Outputs | None]:
-    made = session(data, optimized=optimized)
+    try:
+        made = session(data, optimized=optimized)
+    except Exception:
+        if not optimized or not _runtime_fails(case, 0, tell):
+            raise
+        return [None] * len(case.feeds)
     wrong = _interface(original.session, made)
     if wrong:
         outcome.verdict, outcome.reason = "wrong", wrong
@@ -195,18 +196,20 @@ def _run_result(
     outputs: list[Outputs | None] = []
     for i, (feed, want) in enumerate(zip(case.feeds, original.outputs, strict=True)):
         tell(f"result: feed {i}")
-        outputs.append(None if want is None else made.run(None, feed))
+        try:
+            outputs.append(None if want is None else made.run(None, feed))
+        except Exception:
+            if not _runtime_fails(case, i, tell):
+                raise
+            outputs.append(None)
     return outputs
 
 
-def _runtime_fails(case: Case, original: Original, tell: Tell) -> bool:
-    """Whether the runtime's own optimizations break the original too."""
+def _runtime_fails(case: Case, i: int, tell: Tell) -> bool:
+    """Whether the original, run as users run it (the runtime's own optimizations on), fails on these inputs too."""
+    tell(f"original: feed {i}")
     try:
-        made = session(case.model, optimized=True)
-        for i, (feed, want) in enumerate(zip(case.feeds, original.outputs, strict=True)):
-            tell(f"original: feed {i}")
-            if want is not None:
-                made.run(None, feed)
+        session(case.model, optimized=True).run(None, case.feeds[i])
     except Exception:  # that it fails is the answer
         return True
     return False
@@ -264,10 +267,10 @@ def _compare(
     for i, (want, got) in enumerate(zip(original.outputs, outputs, strict=True)):
         if want is None or got is None:
             continue
-        if finite_alone and not _finite(case.feeds[i]):
+        if finite_alone and not finite(case.feeds[i]):
             continue
-        if case.config == "torch" and "DynamicQuantizeLinear" in outcome.operators and not _finite(case.feeds[i]):
-            continue  # the range of numbers with a NaN is undefined: in ONNX Runtime it depends on where the NaN is
+        if case.config == "torch" and not finite(case.feeds[i]) and undefined(case):
+            continue
         keep = np.asarray(case.feeds[i][case.tokens]).astype(bool) if case.tokens else None
         compare = partial(
             differences,
@@ -275,115 +278,19 @@ def _compare(
             got,
             keep=keep,
             lenient=lenient,
-            loose=not _finite(case.feeds[i]),
+            loose=not finite(case.feeds[i]),
             factor=_KERNELS if optimized else 1.0,
         )
         found = compare()
         if found:
-            found = _arbitrated(case, i, want, got, compare, rounding)
-        if found and case.config == "torch":
-            found = _defined(case, i, want, got, found)
-        if found and optimized and _runtime_differs(case, i, want):
+            found = arbitrated(case, i, want, got, compare, rounding)
+        if found and optimized and runtime_differs(case, i, want):
             return
         if found:
             level = ", the runtime's optimizations on" if optimized else ""
             outcome.verdict = "wrong"
             outcome.reason = f"feed {i}, output {found[0].output}: {found[0].what}{level}"
             return
-
-
-def _finite(feed: Feed) -> bool:
-    return all(np.isfinite(v).all() for v in feed.values() if v.dtype.kind == "f")
-
-
-def _arbitrated(
-    case: Case, i: int, want: Outputs, got: Outputs, compare: Callable[..., list[Difference]], rounding: str
-) -> list[Difference]:
-    """What is left of the differences when rounding has had its say."""
-    moved = spread(case.model, case.feeds[i], want, rounding)
-    found = compare(spread=moved)
-    if found and moved is not None and any(np.asarray(x).dtype == np.float16 for x in want):
-        return _nearer(case, i, want, got, found)
-    if found and case.config == "torch":  # two runtimes round differently everywhere, not in a rewritten place only
-        return _nearer(case, i, want, got, found, F32, F64)
-    return found
-
-
-def _defined(case: Case, i: int, want: Outputs, got: Outputs, found: list[Difference]) -> list[Difference]:
-    """What is left where two runtimes differ: what is not as ONNX defines it, by its reference evaluator, either.
-
-    ONNX Runtime keeps a reduced axis of an empty tensor where the axis is negative, and finds no maximum beside a NaN.
-    """
-    if _finite(case.feeds[i]) and all(v.size for v in case.feeds[i].values()):
-        return found
-    from onnx.reference import ReferenceEvaluator
-
-    try:
-        with np.errstate(all="ignore"):
-            defined = ReferenceEvaluator(case.model).run(None, dict(case.feeds[i]))
-    except Exception:  # it does not evaluate this graph: only the ranks that the graph declares are known
-        ranks = [len(output.type.tensor_type.shape.dim) for output in case.model.graph.output]
-        return [
-            d
-            for d in found
-            if np.ndim(got[d.output]) != ranks[d.output] or np.ndim(want[d.output]) == np.ndim(got[d.output])
-        ]
-    wrong = {one.output for one in differences(defined, got)}
-    return [one for one in found if one.output in wrong]
-
-
-def _nearer(
-    case: Case, i: int, want: Outputs, got: Outputs, found: list[Difference], narrow: int = F16, wide: int = F32
-) -> list[Difference]:
-    """What differs, but is as near to the same graph in a wider type as the original is, is no mistake.
-
-    In float16 each number is held against the original's own; in float32, where another runtime rounds in other places,
-    against the original's largest error.
-    """
-    kinds = {F16: np.float16, F32: np.float32, F64: np.float64}
-    feed = {k: v.astype(kinds[wide]) if v.dtype == kinds[narrow] else v for k, v in case.feeds[i].items()}
-    truth = _evaluated(retyped(case.model, narrow, wide), feed)
-    if truth is None:
-        return found
-    left = []
-    for one in found:
-        t, a, b = (np.asarray(x[one.output]).astype(np.float64) for x in (truth, want, got))
-        if t.shape != a.shape or t.shape != b.shape:
-            left.append(one)
-            continue
-        scale = np.nanmedian(np.abs(t)) if t.size else 0.0
-        with np.errstate(invalid="ignore"):
-            own = np.abs(a - t)
-            if narrow == F32:
-                own, slack = np.max(own, initial=0.0, where=np.isfinite(own)), TOLERANCES["float32"][0]
-            else:
-                slack = 2e-2
-            allowed = 4 * own + slack * np.maximum(np.abs(t), scale)
-            off = np.abs(b - t) > np.where(np.isfinite(allowed), allowed, np.inf)
-        if (off & np.isfinite(t) & np.isfinite(b)).any() or (np.isfinite(a) & np.isfinite(t) & ~np.isfinite(b)).any():
-            left.append(one)
-    return left
-
-
-def _evaluated(model: onnx.ModelProto, feed: Feed) -> Outputs | None:
-    """By ONNX Runtime, or by the reference evaluator where that has no kernel for a type; None where neither can."""
-    from onnx.reference import ReferenceEvaluator
-
-    for run in (lambda: session(model).run(None, feed), lambda: ReferenceEvaluator(model).run(None, dict(feed))):
-        try:
-            return list(run())
-        except Exception:  # the next one may; where none does, the differences stand
-            continue
-    return None
-
-
-def _runtime_differs(case: Case, i: int, want: Outputs) -> bool:
-    """Whether the runtime's own optimizations change the original just as well."""
-    try:
-        got = session(case.model, optimized=True).run(None, case.feeds[i])
-    except Exception:  # the runtime's optimizations break the original: nothing is asked of the result
-        return True
-    return bool(differences(want, got, spread(case.model, case.feeds[i], want)))
 
 
 def _compare_int8(case: Case, original: Original, outputs: list[Outputs | None], outcome: Outcome) -> None:
