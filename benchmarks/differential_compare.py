@@ -180,7 +180,7 @@ def _nudge(array: Any, rng: np.random.Generator, rounding: str, size: float) -> 
 
 
 def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "", size: float = 1.0) -> onnx.ModelProto:
-    """The model with every weight moved, and each float value multiplied by nearly one.
+    """The model with every number of its weights and float values multiplied by nearly one.
 
     Quotients and bounded functions, and numbers times a bounded function, are moved by a part of their largest value
     too: runtimes compute these functions, which quotients may be spellings of, to an absolute error. Exponentials are
@@ -197,7 +197,7 @@ def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "",
             tensor.CopyFrom(numpy_helper.from_array(_nudge(array, rng, rounding, size), tensor.name))
     types = _float_values(model)
     nodes = list(graph.node)
-    outputs, still = {o.name for o in graph.output}, _captured(nodes) | exponents
+    kept = {o.name for o in graph.output} | _captured(nodes)  # what others know by its name
     del graph.node[:]
     renamed: dict[str, str] = {}
     for node in nodes:
@@ -205,9 +205,9 @@ def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "",
         place = len(graph.node)
         graph.node.append(node)
         for name in node.output if all(a.type != AttributeProto.GRAPH for a in node.attribute) else ():
-            if types.get(name) is not None and name not in still:
+            if types.get(name) is not None and name not in exponents:
                 step = size * _step(helper.tensor_dtype_to_np_dtype(types[name]), rounding)
-                made = _moved(graph, place, name, types[name], rng, step, final=name in outputs)
+                made = _moved(graph, place, name, types[name], rng, step, final=name in kept)
                 if made != name:
                     renamed[name] = made
     return out
@@ -222,22 +222,30 @@ def _moved(graph: Any, place: int, name: str, dtype: int, rng: np.random.Generat
         source, target = f"plain:{name}", name
         node.output[:] = [source if n == name else n for n in node.output]
 
-    def number(label: str, value: float) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.asarray(value).astype(kind), f"{label}:{name}"))
+    def number(label: str, value: float, of: int = dtype) -> str:
+        array = np.asarray(value).astype(helper.tensor_dtype_to_np_dtype(of))
+        graph.initializer.append(numpy_helper.from_array(array, f"{label}:{name}"))
         return f"{label}:{name}"
 
-    factor = number("nudge", 1 + step * rng.uniform(-1, 1))
+    def put(kind: str, inputs: list[str], label: str, **attributes: Any) -> str:
+        graph.node.append(helper.make_node(kind, inputs, [label], **attributes))
+        return label
+
+    # each number by its own: a norm does not see a factor that all have (no kernel of RandomUniformLike from opset 22)
+    noise = put("Cast", [source], f"float:{name}", to=F32)
+    noise = put("Clip", [noise, number("least", -1e3, F32), number("most", 1e3, F32)], f"finite:{name}")
+    noise = put("Mul", [noise, number("hash", rng.uniform(1e6, 2e6), F32)], f"angle:{name}")
+    noise = put("Cast", [put("Sin", [noise], f"noise:{name}")], f"cast:{name}", to=dtype)
+    noise = put("Mul", [noise, number("step", step)], f"part:{name}")
+    factor = put("Add", [noise, number("one", 1.0)], f"factor:{name}")
     if node.op_type not in (*_BOUNDED, *_TIMES_BOUNDED, "Exp"):
-        graph.node.append(helper.make_node("Mul", [source, factor], [target]))
-        return target
-    graph.node.append(helper.make_node("Mul", [source, factor], [f"near:{name}"]))
+        return put("Mul", [source, factor], target)
+    near = put("Mul", [source, factor], f"near:{name}")
     least = 8 * float(np.finfo(kind).smallest_subnormal if kind == np.float16 else np.finfo(kind).tiny)
     shift = number("shift", (least if node.op_type == "Exp" else step / 4) * rng.uniform(-1, 1))
     if node.op_type in _TIMES_BOUNDED:
-        graph.node.append(helper.make_node("Mul", [node.input[0], shift], [f"part:{name}"]))
-        shift = f"part:{name}"
-    graph.node.append(helper.make_node("Add", [f"near:{name}", shift], [target]))
-    return target
+        shift = put("Mul", [node.input[0], shift], f"shift of:{name}")
+    return put("Add", [near, shift], target)
 
 
 def _captured(nodes: Sequence[onnx.NodeProto]) -> set[str]:

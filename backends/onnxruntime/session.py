@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import onnxruntime as ort
 from xform.backends.onnxruntime.available import PROVIDERS
 from xform.errors import KernelError, TargetError
 
+ITS_OWN = "its own optimizations, without which it loads"
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)\(\d+\) node with name '(?P<node>[^']*)'")
 _WITHOUT_KERNEL = "leave backend out or use backend='torch_triton', or convert the model to float32"
 _LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where shape inference reads them
@@ -76,22 +78,40 @@ def open_session(model: ir.Model, settings: SessionSettings) -> tuple[Any, list[
         TargetError: It refuses the graph for another reason.
     """
     proto, lent = _serialize(model)
-    options = settings.options()
-    if lent:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
-        options.add_external_initializers(list(lent), values)
+    data = proto.SerializeToString()
     try:
-        session = ort.InferenceSession(proto.SerializeToString(), options, providers=list(PROVIDERS))
+        session = _session(data, lent, settings.options())
     except Exception as error:
         missing = _NO_KERNEL.search(str(error))
         if missing is not None:
             dtype = _dtype_of(model, missing["op"], missing["node"])
             raise KernelError("ONNX Runtime", missing["op"], missing["node"], dtype, hint=_WITHOUT_KERNEL) from error
+        said = f"cannot load the lowered graph: {_first_line(error)}"
+        if _loads_as_it_is(data, lent, settings):
+            said = f"breaks the lowered graph by {ITS_OWN}: {_first_line(error)}"
         raise TargetError(
-            f"ONNX Runtime {ort.__version__} cannot load the lowered graph: {_first_line(error)}",
+            f"ONNX Runtime {ort.__version__} {said}",
             hint="run `xform inspect` on the saved result, or install a newer onnxruntime",
         ) from error
     return session, list(lent.values())
+
+
+def _session(data: bytes, lent: Mapping[str, Any], options: Any) -> Any:
+    if lent:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in lent.values()]
+        options.add_external_initializers(list(lent), values)
+    return ort.InferenceSession(data, options, providers=list(PROVIDERS))
+
+
+def _loads_as_it_is(data: bytes, lent: Mapping[str, Any], settings: SessionSettings) -> bool:
+    """Whether the runtime loads a graph that it refused, if it leaves it as it is."""
+    options = settings.options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        _session(data, lent, options)
+    except Exception:  # that it does not is the answer
+        return False
+    return True
 
 
 def _dtype_of(model: ir.Model, operator: str, name: str) -> str:

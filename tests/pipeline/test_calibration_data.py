@@ -16,7 +16,7 @@ from support import parse
 import xform
 from xform import limits
 from xform.errors import LimitError, UsageError, XformWarning
-from xform.pipeline.calibration_data import calibration_batches
+from xform.pipeline.calibration_data import calibration_batches, first_rows
 
 RNG = np.random.default_rng(21)
 W = RNG.normal(size=(96, 96)).astype(np.float32)
@@ -163,3 +163,28 @@ def test_what_the_model_does_not_take_is_left_out_and_told() -> None:
     with pytest.warns(XformWarning, match="'mask', which is no input of the model, and was left out"):
         batches, told = calibration_batches(graph(), [sample(mask=np.ones(4)), sample()])
     assert [set(batch) for batch in batches] == [{"x", "ids"}] * 2 and "'mask'" in told
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sizes"),
+    [
+        ({"x": ("float", "n,96"), "ids": ("int64", "n")}, {"x": 8, "ids": 8}),
+        ({"x": ("float", "n,96"), "scale": ("float", "96")}, {"x": 8, "scale": 96}),
+        ({"x": ("float", "n,96"), "places": ("int64", "k")}, {"x": 20, "places": 3}),  # of rows of x, perhaps
+        ({"x": ("float", "n,96"), "pairs": ("float", "2*n,96")}, {"x": 20, "pairs": 40}),
+        ({"x": ("float", "n,96"), "between": ("float", "n,n")}, {"x": 20, "between": 20}),
+        ({"x": ("float", "n,96"), "other": ("float", "m,96")}, {"x": 20, "other": 5}),
+    ],
+)
+def test_a_batch_is_cut_only_where_its_samples_stand_alone(inputs: dict[str, Any], sizes: dict[str, int]) -> None:
+    values = []
+    numbers = {"n": 20, "k": 3, "m": 5}
+    batch = {}
+    for name, (kind, dims) in inputs.items():
+        shape = [eval(dim, {}, numbers) for dim in dims.split(",")]
+        batch[name] = RNG.normal(size=shape).astype(np.float32) if kind == "float" else np.zeros(shape, np.int64)
+        dtype = ir.DataType.FLOAT if kind == "float" else ir.DataType.INT64
+        declared = [int(dim) if dim.isdigit() else dim for dim in dims.split(",")]
+        values.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(declared)))
+    model = ir.Model(ir.Graph(values, [values[0]], nodes=[]), ir_version=10)
+    assert {name: len(array) for name, array in first_rows(model, batch).items()} == sizes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
 from xform.pipeline.noise import is_within, nudged_outputs
 from xform.pipeline.oracle import run_model
@@ -87,6 +88,15 @@ def test_nudging_is_seeded_small_and_leaves_the_model_alone(planted):
     assert np.array_equal(once["y"], again["y"])
     assert 0 < np.abs(once["y"] - still["y"]).max() < 1e-3
     assert np.array_equal(model.graph.initializers["w0"].const_value.numpy(), before)
+
+
+@pytest.mark.parametrize("seed", [2**20, 10**13, 2**70])
+def test_nudging_takes_any_seed(planted, seed: int):
+    model, x = planted.chain(), np.random.default_rng(4).normal(size=(2, 8)).astype(np.float32)
+    feeds = {"x": x}
+    plain, nudged = run_model(model, [feeds])[0]["y"], nudged_outputs(model, feeds, seed)["y"]
+    assert 0 < np.abs(nudged - plain).max() < 1e-4 * np.abs(plain).max()
+    assert (nudged != nudged_outputs(model, feeds, seed + 1)["y"]).any()
 
 
 def test_within():

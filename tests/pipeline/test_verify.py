@@ -9,9 +9,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from xform.errors import UsageError
+from xform.errors import LimitError, UsageError
 from xform.graph.clone import clone
+from xform.limits import Limits, exceeded, limited
 from xform.pipeline.oracle import LEND_FROM_BYTES, CouldNotRunError, Session, call_oracle, run_model, serialize
+from xform.pipeline.reference import Reference
 from xform.pipeline.verify import Verifier, verify
 
 
@@ -221,3 +223,41 @@ def test_oracle_forms(planted):
         call_oracle(lambda _: [expected, expected], {"x": x}, ["y"])
     with pytest.raises(CouldNotRunError, match="no output named"):
         call_oracle(lambda _: {"z": expected}, {"x": x}, ["y"])
+
+
+def outer(size: int) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """x x^T, whose result is much larger than x, and a column of so many numbers."""
+    model = parse("g (float[n,1] x) => (float[n,n] y) { t = Transpose<perm = [1, 0]>(x) p = MatMul(x, t) y = Relu(p) }")
+    return model, {"x": np.random.default_rng(5).normal(size=(size, 1)).astype(np.float32)}
+
+
+def test_a_set_that_nobody_asked_for_and_that_is_past_a_limit_is_left_out_and_told():
+    model, inputs = outer(40)
+    with limited(Limits(memory=3840)):  # 40 rows are within it, more are not
+        found = Verifier(model, inputs=inputs).compare(model)
+    assert found.ok and found.coverage.given == 1
+    assert any("n=41 was left out" in note and "'memory'" in note for note in found.notes)
+    assert any("n=41" in case for case in found.coverage.refused)
+
+
+def test_inputs_of_the_user_past_a_limit_end_the_run():
+    model, inputs = outer(40)
+    with limited(Limits(memory=100)), pytest.raises(LimitError, match="'memory'"):
+        Verifier(model, inputs=inputs).compare(model)
+
+
+def test_after_a_run_without_end_nothing_more_is_tried(monkeypatch):
+    model, inputs = outer(40)
+    tried: list[int] = []
+
+    def run(self, arrays):
+        tried.append(len(arrays["x"]))
+        if len(tried) > 1:
+            raise exceeded("seconds", "a run of the model does not end")
+        return {"y": arrays["x"] @ arrays["x"].T}
+
+    monkeypatch.setattr(Reference, "run", run)
+    verifier = Verifier(model, inputs=inputs)
+    verifier.prepare()
+    assert len(tried) == 2 and not verifier.unverifiable
+    assert len(verifier.coverage.refused) > 1

@@ -21,7 +21,7 @@ from xform.limits import Unpacked
 from xform.npz import read_npz
 from xform.pipeline.oracle import to_numpy
 from xform.pipeline.random_inputs import random_inputs, required_inputs
-from xform.pipeline.sizes import input_dims, meanings
+from xform.pipeline.sizes import input_dims, meanings, names_in
 from xform.tell import tell
 from xform.text import shown
 
@@ -71,15 +71,28 @@ def calibration_batches(model: ir.Model, given: Any, flatten: Flatten | None = N
 
 
 def first_rows(model: ir.Model, batch: Batch) -> Batch:
-    """A few samples of a batch, cut along every dynamic batch dim; what has none stays whole."""
-    dims = input_dims([value for value in model.graph.inputs if value.name in batch])
-    means = meanings(dims)
-    cut = dict(batch)
-    for entry in dims:
-        for axis, dim in enumerate(entry.dims or ()):
-            if means.get(str(dim)) == "batch" and isinstance(batch[entry.name], np.ndarray):
-                cut[entry.name] = cut[entry.name].take(np.arange(min(batch[entry.name].shape[axis], _ROWS)), axis)
-    return cut
+    """A few samples of a batch: it is cut where every input leads with the dynamic batch dim, and else stays whole.
+
+    An input of whole numbers without that dim may hold places in the batch, and a dim that is computed from it (2*N)
+    would have to be cut along with it.
+    """
+    values = [value for value in model.graph.inputs if value.name in batch]
+    entries = input_dims(values)
+    batched = {dim for dim, meaning in meanings(entries).items() if meaning == "batch"}
+    leading = {str(entry.dims[0]) for entry in entries if entry.dims and str(entry.dims[0]) in batched}
+    if len(leading) != 1:
+        return batch
+    (dim,) = leading
+    settings = []  # numbers that hold for all samples
+    for value, entry in zip(values, entries, strict=True):
+        if not isinstance(batch[entry.name], np.ndarray) or entry.dims is None:
+            return batch
+        mentions = [axis for axis, one in enumerate(entry.dims) if isinstance(one, str) and dim in names_in(one)]
+        if not mentions and (value.dtype is None or value.dtype.is_floating_point()):
+            settings.append(entry.name)
+        elif mentions != [0] or str(entry.dims[0]) != dim:
+            return batch
+    return {name: array if name in settings else array[:_ROWS] for name, array in batch.items()}
 
 
 def _samples(given: Any, flatten: Flatten | None) -> Iterator[tuple[str, Batch]]:

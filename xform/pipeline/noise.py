@@ -27,6 +27,7 @@ from xform.pipeline.tolerance import Difference
 NOISE_FACTOR = 8.0
 _NUDGE = 4.0  # units of roundoff
 _SETTINGS = 16  # fewer numbers than this may be settings: scales of a Resize, an exponent, limits
+_SEEDS = 1 << 24  # seeds of ONNX are float32, which tells whole numbers below it apart
 _MAX_NUDGED_BYTES = 1 << 28  # of weights, which are copied for it; the first ones of the graph
 
 # unit roundoff; other dtypes are left alone
@@ -121,14 +122,14 @@ def _nudge_readers(model: ir.Model, seed: int) -> None:
                 queue.extend(fresh)
             elif node.op_type not in _CONTROL:
                 count += 1
-                node.replace_input_with(position, _nudge_before(node, value, seed * 1000.0 + count))
+                node.replace_input_with(position, _nudge_before(node, value, count, (seed * 1009 + count) % _SEEDS))
 
 
-def _nudge_before(node: ir.Node, value: ir.Value, seed: float) -> ir.Value:
+def _nudge_before(node: ir.Node, value: ir.Value, count: int, seed: int) -> ir.Value:
     """`value + value * size * random`, computed just before a node."""
     dtype = value.dtype
     assert dtype is not None and node.graph is not None
-    like = {"dtype": int(ir.DataType.FLOAT), "low": -1.0, "high": 1.0, "seed": seed}
+    like = {"dtype": int(ir.DataType.FLOAT), "low": -1.0, "high": 1.0, "seed": float(seed)}
     size = np.asarray(_NUDGE * _EPSILON[dtype], dtype.numpy())
     nodes = [ir.node("RandomUniformLike", [value], like), ir.node("Constant", [], {"value": ir.tensor(size)})]
     nodes.append(ir.node("Cast", [nodes[0].outputs[0]], {"to": int(dtype)}))
@@ -136,6 +137,6 @@ def _nudge_before(node: ir.Node, value: ir.Value, seed: float) -> ir.Value:
     nodes.append(ir.node("Mul", [value, nodes[3].outputs[0]]))
     nodes.append(ir.node("Add", [value, nodes[4].outputs[0]]))
     for index, one in enumerate(nodes):
-        one.outputs[0].name = one.name = f"xform_nudge_{seed:.0f}_{index}"
+        one.outputs[0].name = one.name = f"xform_nudge_{count}_{index}"
     node.graph.insert_before(node, nodes)
     return nodes[-1].outputs[0]

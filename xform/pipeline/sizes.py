@@ -113,7 +113,7 @@ def symbols_of(dims: Sequence[InputDims]) -> list[str]:
     for entry in dims:
         for dim in entry.dims or ():
             if isinstance(dim, str):
-                found.update(dict.fromkeys(_names_in(dim)))
+                found.update(dict.fromkeys(names_in(dim)))
     return list(found)
 
 
@@ -127,7 +127,8 @@ def meanings(dims: Sequence[InputDims]) -> dict[str, Meaning]:
     return found
 
 
-def _names_in(symbol: str) -> list[str]:
+def names_in(symbol: str) -> list[str]:
+    """The plain names that a symbol, which may be an arithmetic expression, is made of."""
     tree = _expression(symbol)
     if tree is None:
         return [symbol]

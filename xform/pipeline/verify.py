@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from xform.errors import LimitError
 from xform.graph.check import Interface
 from xform.pipeline.branches import Branch, Watch, attempts, branches, forced, in_words
 from xform.pipeline.judge import Judge
@@ -76,6 +77,7 @@ class Verifier:
     prepared: bool = False
     coverage: Coverage = field(default_factory=Coverage)
     _random: bool | None = field(default=None, init=False, repr=False)
+    _out_of_time: bool = field(default=False, init=False, repr=False)
     _judge: Judge = field(init=False, repr=False)
     _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
     _to_force: dict[Branch, list[tuple[InputCase, Outputs]]] = field(default_factory=dict, init=False, repr=False)
@@ -204,7 +206,11 @@ class Verifier:
                     break
                 if self.cases and case.source not in ("random", "given"):
                     break  # other values are for models that took none of the typical ones
-                why = self._try(reference, case)
+                why = (
+                    self._try(reference, case)
+                    if not self.cases or case.source == "given"
+                    else self._dare(reference, case)
+                )
                 kept = given if not why and len(self.cases) == 1 else kept
                 if why:
                     refused = refused or why
@@ -230,6 +236,21 @@ class Verifier:
         self.references.append(outputs)
         return ""
 
+    def _dare(self, reference: Reference, case: InputCase) -> str:
+        """As `_try`, for a case that nobody asked for: one that is past a limit is left out, and told."""
+        try:
+            if not self._out_of_time:
+                return self._try(reference, case)
+        except LimitError as error:
+            self._past_limit(case, error)
+            return error.what
+        return "a run before took as long as the limit 'seconds' allows"
+
+    def _past_limit(self, case: InputCase, error: LimitError) -> None:
+        """What takes too long once takes so again: nothing more that nobody asked for is run."""
+        self._out_of_time = self._out_of_time or error.limit == "seconds"
+        self.notes.append(f"{case} was left out: {error.what}")
+
     def _proposals(self) -> Iterator[tuple[Iterator[InputCase], int, dict[str, Any]]]:
         """Streams of candidates, how many sets are wanted of each, and what in them the user gave."""
         if self.inputs is not None and not isinstance(self.inputs, Mapping):
@@ -251,10 +272,10 @@ class Verifier:
             return
         bounded = not isinstance(self.inputs, Mapping) and any(isinstance(one, InputCase) for one in self.inputs or ())
         stress = Stress(self.model, base, kept, batch_is_free=not self.sizes and not bounded, seed=self.seed)
-        refused = [str(case) for case in stress.cases() if self._try(reference, case)]
+        refused = [str(case) for case in stress.cases() if self._dare(reference, case)]
         if base.source == "given" and not self.sizes:
             for case in stress.resized():
-                if not self._try(reference, case):
+                if not self._dare(reference, case):
                     break
                 refused.append(str(case))
         self.coverage = replace(self.coverage, refused=tuple(refused))
@@ -269,9 +290,14 @@ class Verifier:
         watch = Watch(self.model)
 
         def new(case: InputCase) -> set[Branch]:
+            if self._out_of_time:
+                return set()
             try:
                 (outputs,) = run_anywhere(watch.model, [case.arrays])
             except CouldNotRunError:  # the model refuses this set, which is what a search meets
+                return set()
+            except LimitError as error:
+                self._past_limit(case, error)
                 return set()
             return watch.reached(outputs) - reached
 
@@ -286,7 +312,7 @@ class Verifier:
             if len(reached) == len(every) or kept == _MAX_NEW_CASES:
                 break
             found = new(case)
-            if found and not self._try(reference, case):
+            if found and not self._dare(reference, case):
                 reached |= found
                 kept += 1
         left = [branch for branch in every if branch not in reached]
@@ -302,10 +328,14 @@ class Verifier:
         found: list[tuple[InputCase, Outputs]] = []
         for case in self.cases if model is not None else ():
             assert model is not None
+            if self._out_of_time:
+                break
             try:
                 found.append((case, run_anywhere(model, [case.arrays])[0]))
             except CouldNotRunError:  # shapes that only go the other way
                 continue
+            except LimitError as error:
+                self._past_limit(case, error)
         return found
 
     def _in_forced_branches(self, candidate: ir.Model, fidelity: Fidelity, verdict: Verification) -> Verification:
