@@ -109,3 +109,17 @@ def test_a_warning_inside_of_generate_points_at_the_line_that_called_it() -> Non
     with pytest.warns(xform.XformWarning, match="weights have changed") as caught:
         fast.generate(**prompt(2, 7), do_sample=False, max_new_tokens=2)
     assert {one.filename for one in caught if issubclass(one.category, xform.XformWarning)} == {__file__}
+
+
+def test_what_keeps_generate_from_being_driven_is_told() -> None:
+    class Broken(torch.nn.Linear):
+        config = transformers.PretrainedConfig(is_encoder_decoder=True)
+
+        def generate(self) -> None: ...
+
+        def get_encoder(self) -> torch.nn.Module:
+            raise AttributeError("no stack of encoders")
+
+    fast = xform.optimize(Broken(4, 4).eval(), inputs=torch.randn(2, 4))
+    with pytest.raises(xform.CaptureError, match=r"generate\(\) of Broken cannot be driven: no stack of encoders"):
+        fast.generate()

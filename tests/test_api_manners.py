@@ -122,6 +122,15 @@ def test_what_was_saved_can_be_loaded(module: nn.Sequential, backend: str, suffi
     assert again.explain("layer_norm").startswith("layer_norm") and path.name in repr(again)
 
 
+def test_a_report_that_is_not_there_is_told_before_anything_is_written(module: nn.Sequential, tmp_path: Path) -> None:
+    path = xform.optimize(module, inputs=X).save(tmp_path / "net.onnx")[0]
+    loaded = xform.load(path)
+    with pytest.raises(xform.UsageError, match="no report beside the file"):
+        loaded.save(tmp_path / "again.onnx", report=True)
+    assert list(tmp_path.iterdir()) == [path]
+    assert loaded.save(tmp_path / "again.onnx") == [tmp_path / "again.onnx"]
+
+
 def test_loading_something_else_says_what_can_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(b"x")
     with pytest.raises(xform.UsageError, match=r"\.pt is not a format"):

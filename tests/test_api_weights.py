@@ -159,6 +159,23 @@ def test_save_refuses_a_mix_of_old_and_new_weights(through_data: bool, tmp_path:
     assert "optimize" in (caught.value.hint or "") and not list(tmp_path.iterdir())
 
 
+def test_save_refuses_when_a_tensor_that_is_no_parameter_has_changed(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.randn(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.table
+
+    module = Scaled().eval()
+    fast = xform.optimize(module, inputs=torch.randn(2, 64))
+    module.table.data.mul_(1.5)
+    with pytest.raises(xform.VerificationError, match="changed after the optimized model was verified"):
+        fast.save(tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_save_refuses_when_a_weight_that_is_transposed_lazily_has_changed(tmp_path: Path) -> None:
     torch.manual_seed(3)
     module = nn.Sequential(

@@ -17,7 +17,7 @@ from xform.passes.precision import ConvertPrecision
 from xform.pipeline.calibration_data import Flatten, calibration_batches, first_rows
 from xform.pipeline.half_range import within_range
 from xform.pipeline.manager import run_pipeline
-from xform.pipeline.oracle import Inputs, Oracle, Outputs
+from xform.pipeline.oracle import CouldNotRunError, Inputs, Oracle, Outputs
 from xform.pipeline.padding import zero_pads
 from xform.pipeline.quantization import Quantization
 from xform.pipeline.reference import Execute, run_anywhere
@@ -154,8 +154,14 @@ def _executor(captured: ir.Model, request: Request) -> Execute:
 
     def execute(graph: ir.Model, cases: Sequence[Inputs]) -> list[Outputs]:
         here = Target("cpu")
-        runner = request.backend.load(request.backend.lower(graph, here, LowerOptions()), LoadOptions())
-        return run_cases(runner, graph, cases)
+        try:
+            runner = request.backend.load(request.backend.lower(graph, here, LowerOptions()), LoadOptions())
+            try:
+                return run_cases(runner, graph, cases)
+            finally:
+                runner.close()
+        except TargetError as error:
+            raise CouldNotRunError(error.what, where=error.where) from error
 
     return execute
 
@@ -175,7 +181,7 @@ def _as_compared(output: Any) -> Any:
 def refuse_failed(verification: Verification, what: str) -> None:
     if verification.state == "failed" and not verification.outputs:
         raise TargetError(
-            f"ONNX Runtime cannot run the graph: {verification.reason}",
+            f"the graph does not run: {verification.reason}",
             hint="give verify='off' to write the graph all the same",
         )
     if verification.state == "failed":

@@ -85,6 +85,30 @@ def test_ctrl_c_ends_with_130(xform: Callable[..., object], monkeypatch: pytest.
     assert xform("doctor").code == 130
 
 
+def test_a_command_that_is_terminated_says_so_in_its_document(
+    xform: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(context: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("xform.cli.doctor.session_of", terminated)
+    run = xform("doctor", "--json")
+    assert run.code == run.json["exit_code"] == 143
+    assert run.json["error"]["kind"] == "terminated"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("arguments", ["inspect {}", "inspect {} --json", "optimize {} -o -", "passes"])
+def test_a_full_disk_is_an_output_error(mlp: Path, arguments: str) -> None:
+    command = [sys.executable, "-m", "xform", *arguments.format(mlp).split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=_environment())
+    assert done.returncode == 2
+    assert "stdout cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
 def _doctor_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def raising(context: object) -> None:
         raise error

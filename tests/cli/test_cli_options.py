@@ -314,3 +314,43 @@ def test_explain_takes_the_data_and_the_backend_of_an_int8_run(xform: CLI, mlp: 
     assert xform("bisect", mlp, *options).code == 0
     found = xform("explain", mlp, "reparameterization", "--json").json["found"]
     assert found == {"reparameterization": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--dynamic", "n=1:4", "--dynamic", "n=2:8"], "--dynamic n"),
+        (["--size", "n=1", "--size", " n =1"], "--size n"),
+        (["--set", "fold_constants.input_limit=1", "--set", "fold_constants.input_limit=2"], "input_limit"),
+    ],
+)
+def test_what_is_given_twice_is_refused(xform: CLI, mlp: Path, arguments: list[str], named: str) -> None:
+    run = xform("optimize", mlp, *arguments)
+    assert run.code == 2 and named in run.err and "given twice" in run.err
+
+
+@pytest.mark.parametrize("arguments", [["--measure"], ["--max-latency-ratio", "2"]])
+def test_what_cannot_be_measured_is_refused_before_any_work(xform: CLI, mlp: Path, arguments: list[str]) -> None:
+    run = xform("optimize", mlp, "--backend", "torch_triton", *arguments)
+    assert run.code == 2 and "not of torch_triton" in run.err and "verified" not in run.err
+
+
+def test_two_views_of_a_model_are_shown_one_at_a_time(xform: CLI, mlp: Path) -> None:
+    run = xform("inspect", mlp, "--streams", "--counts")
+    assert run.code == 2 and "--streams" in run.err and "--counts" in run.err
+
+
+def test_inputs_and_outputs_in_another_order_are_a_difference(xform: CLI, tmp_path: Path) -> None:
+    def write(name: str, outputs: list[str]) -> Path:
+        nodes = [helper.make_node("Relu", ["x"], ["a"], name="one"), helper.make_node("Neg", ["x"], ["b"], name="two")]
+        value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in ("x", *outputs)]
+        model = helper.make_model(helper.make_graph(nodes, "g", value[:1], value[1:]), ir_version=8)
+        model.opset_import[0].version = 17
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    first, second = write("first.onnx", ["a", "b"]), write("second.onnx", ["b", "a"])
+    run = xform("diff", first, second, "--json")
+    assert run.code == 0 and run.json["same"] is False
+    assert run.json["interface"] == ["outputs in another order: a, b -> b, a"]
+    assert xform("diff", first, first, "--json").json["same"] is True

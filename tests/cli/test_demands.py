@@ -19,6 +19,7 @@ from xform.rewrite.remarks import Remark
         ("attention", Requirement("attention", ">=", 1)),
         ("batch_norm==0", Requirement("batch_norm", "==", 0)),
         ("Transpose<3", Requirement("Transpose", "<", 3)),
+        ("ai.onnx.Conv>=2", Requirement("Conv", ">=", 2)),
         ("com.microsoft.FusedMatMul=2", Requirement("com.microsoft.FusedMatMul", "=", 2)),
     ],
 )
@@ -27,7 +28,17 @@ def test_forms_of_a_requirement(text: str, expected: Requirement) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["attention>=x", "attention>=-1", ">=1", "attention=>2", "attention>=1 gelu", "", "gelu>=" + "9" * 5000]
+    "text",
+    [
+        "ai.onnx.Kernel",
+        "attention>=x",
+        "attention>=-1",
+        ">=1",
+        "attention=>2",
+        "attention>=1 gelu",
+        "",
+        "gelu>=" + "9" * 5000,
+    ],
 )
 def test_what_is_no_requirement(text: str) -> None:
     with pytest.raises(UsageError):

@@ -258,7 +258,7 @@ def test_another_state_of_the_code_or_of_a_runtime_is_measured_again(monkeypatch
 
 def test_the_environment_tells_the_version_of_every_runtime_that_is_installed() -> None:
     here = Environment.here()
-    for package in tune._MEASURABLE:
+    for package in tune.MEASURABLE:
         assert (package in here.versions) == (find_spec(package) is not None)
 
 

@@ -79,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session(json="--json" in arguments, debug="--debug" in arguments)
     with session.opened():
         code = _run(arguments, session)
-    session.finish(code)
-    return code
+    return session.finish(code)
 
 
 def _run(argv: list[str], session: Session) -> int:
@@ -111,12 +110,21 @@ def _dispatch(argv: list[str], session: Session) -> int:
     except _ClickError as error:
         return session.fail(_usage_error(error))
     except (KeyboardInterrupt, typer.Abort):
-        session.complain("interrupted")
-        return INTERRUPTED
+        return _stopped("interrupted", INTERRUPTED, session)
+    except SystemExit as end:
+        if end.code != TERMINATED:
+            raise
+        return _stopped("terminated", TERMINATED, session)
     except BrokenPipeError as error:
         return 0 if not session.running else _internal(error, session)  # while help was printed, its reader has gone
     except Exception as error:
         return _internal(error, session)
+
+
+def _stopped(how: str, code: int, session: Session) -> int:
+    session.document["error"] = {"kind": how, "what": "the command was stopped from outside", "where": [], "hint": None}
+    session.complain(how)
+    return code
 
 
 def _usage_error(error: BaseException) -> UsageError:

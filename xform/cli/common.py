@@ -259,6 +259,8 @@ def parse_dynamic(texts: Sequence[str] | None) -> str | dict[str, tuple[int, int
             raise UsageError(
                 f"--dynamic {shown(text)!r} is not a range", hint="write auto, or NAME=MIN:MAX such as batch=1:8"
             )
+        if match[1].strip() in ranges:
+            raise UsageError(f"--dynamic {shown(match[1].strip())} was given twice")
         ranges[match[1].strip()] = (int(match[2]), int(match[3]))
     return ranges
 
@@ -272,6 +274,8 @@ def parse_sizes(texts: Sequence[str] | None) -> dict[str, int] | None:
             raise UsageError(
                 f"--size {shown(text)!r} is not a size of a dimension", hint="write NAME=N, such as batch=4"
             )
+        if match[1].strip() in sizes:
+            raise UsageError(f"--size {shown(match[1].strip())} was given twice")
         sizes[match[1].strip()] = int(match[2])
     return sizes or None
 

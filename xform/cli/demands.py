@@ -44,7 +44,9 @@ class Requirement:
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Read `NAME` or `NAME>=N` (also `<= == != > <`). NAME is a concept or an operator, `com.microsoft.Gelu` included.
+    """Read `NAME` or `NAME>=N` (also `<= == != > <`).
+
+    NAME is a concept or an operator: `Conv`, `ai.onnx.Conv`, `com.microsoft.Gelu`.
 
     Raises:
         UsageError: Not of this form, or a name that is neither a concept nor an operator: it could never be met, or
@@ -55,7 +57,7 @@ def parse_requirement(text: str) -> Requirement:
     match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(?:(>=|<=|==|!=|=|>|<)\s*(\d{1,18}))?\s*", text)
     if match is None:
         raise UsageError(f"--require {shown(text)!r} is no requirement", hint="write for example attention>=12")
-    name = match[1]
+    name = match[1].removeprefix("ai.onnx.")  # operators of this domain are counted by their bare names
     if name not in COUNTED and not _is_operator(name):
         raise UsageError(
             f"--require {shown(text)!r}: {name!r} is neither a concept nor an operator", hint=closest(name, COUNTED)

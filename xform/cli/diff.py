@@ -148,6 +148,8 @@ def _interface_changes(first: ir.Model, second: ir.Model) -> list[str]:
         changes += [f"{kind[:-1]} {n} {t} is gone" for n, t in old.items() if n not in new]
         changes += [f"{kind[:-1]} {n} {t} is new" for n, t in new.items() if n not in old]
         changes += [f"{kind[:-1]} {n}: {old[n]} -> {t}" for n, t in new.items() if n in old and old[n] != t]
+        if list(old) != list(new) and old.keys() == new.keys():
+            changes.append(f"{kind} in another order: {', '.join(old)} -> {', '.join(new)}")
     return changes
 
 

@@ -80,6 +80,8 @@ def inspect(
     sizes = parse_sizes(size)
     if (nodes or sizes) and not counts:
         raise UsageError(f"{'--nodes' if nodes else '--size'} says nothing without --counts", hint="add --counts")
+    if streams and counts:
+        raise UsageError("--streams and --counts are shown one at a time", hint="run inspect twice")
     with in_limits(limit):
         graph = capture_onnx(model_source(model))
     check_sizes(graph, sizes)

@@ -50,7 +50,7 @@ from xform.cli.common import (
     verify_mode,
 )
 from xform.cli.demands import Budgets, Requirement, check_requirements, parse_requirement, requirements_found
-from xform.cli.outputs import check_outputs
+from xform.cli.outputs import check_measurable, check_outputs
 from xform.cli.pass_options import requested_passes
 from xform.cli.progress import progress_bar
 from xform.errors import UsageError
@@ -202,6 +202,8 @@ def optimize(
     measured = measure or max_latency_ratio is not None
     if model == STANDARD and measured:
         raise UsageError("--measure and --max-latency-ratio take a file, not -", hint="give the model's file")
+    if measured:
+        check_measurable(backend, target)
     check_outputs(session, model, output, report, backend, target, inputs, calibration, set_)
     limits = parse_limits(limit)
     shapes = parse_input_shapes(input_shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 from xform.cli.common import STANDARD, Session, no_standard
 from xform.errors import UsageError
 from xform.report.files import check_report_suffix
+from xform.text import shown
 
 
 def check_outputs(
@@ -60,6 +61,20 @@ def _check_suffix(output: Path, backend: str | None, target: str) -> None:
     chosen = backend or DEFAULT.get(Target.parse(target).kind)
     if chosen is not None:  # without a backend for the target, that is told
         check_suffix(output, chosen)
+
+
+def check_measurable(backend: str | None, target: str) -> None:
+    """Refuse to measure what no process of its own can run. Raises UsageError."""
+    from xform.backends import BACKENDS, DEFAULT
+    from xform.report.latency import MEASURABLE
+    from xform.target import Target
+
+    chosen = backend or DEFAULT.get(Target.parse(target).kind)
+    if chosen in BACKENDS and chosen not in MEASURABLE:  # others are told of as such
+        raise UsageError(
+            f"--measure and --max-latency-ratio time files of {' and '.join(MEASURABLE)}, not of {shown(chosen)}",
+            hint="leave them out, or give another --backend",
+        )
 
 
 def _named(settings: Sequence[str] | None) -> list[Path]:

@@ -26,10 +26,10 @@ def requested_passes(preset: str, names: str | None, settings: Sequence[str] | N
 
 
 def parse_settings(texts: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """`["fold_constants.max_elements=1024"]` to {"fold_constants": {"max_elements": 1024}}.
+    """`["fold_constants.input_limit=1024"]` to {"fold_constants": {"input_limit": 1024}}.
 
     Raises:
-        UsageError: Not of this form, an unknown pass or option, or a value of the wrong type.
+        UsageError: Not of this form, an unknown pass or option, one given twice, or a value of the wrong type.
     """
     settings: dict[str, dict[str, Any]] = {}
     for text in texts or ():
@@ -37,6 +37,8 @@ def parse_settings(texts: Sequence[str] | None) -> dict[str, dict[str, Any]]:
         if match is None:
             raise UsageError(f"--set {shown(text)!r} is no option of a pass", hint="write PASS.OPTION=VALUE")
         pass_name, option, value = match[1], match[2], match[3].strip()
+        if option in settings.get(pass_name, {}):
+            raise UsageError(f"--set {pass_name}.{option} was given twice")
         settings.setdefault(pass_name, {})[option] = convert(value, option_type(pass_name, option), text)
     return settings
 

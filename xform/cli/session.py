@@ -20,7 +20,7 @@ import typer
 
 from xform.cli.console import Escaping, console_of, printed
 from xform.cli.spelling import in_cli_spelling
-from xform.errors import XformError, XformWarning
+from xform.errors import OutputError, XformError, XformWarning
 from xform.text import escaped, paragraph
 
 _TOLD = 500  # characters that tell one warning from another
@@ -28,16 +28,32 @@ _TOLD = 500  # characters that tell one warning from another
 
 @contextlib.contextmanager
 def _read_no_more(stream: TextIO) -> Iterator[None]:
-    """Let the reader of a stream go away inside: the command goes on, and its exit code says what came of it.
-
-    What is left in the stream's buffer must not fail again when Python flushes it at exit.
-    """
+    """Let the reader of a stream go away inside: the command goes on, and its exit code says what came of it."""
     try:
         yield
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _to_nowhere(stream)
+
+
+@contextlib.contextmanager
+def _written(stream: TextIO) -> Iterator[None]:
+    """Tell where a stream takes no more for another reason: OutputError, as for any file that cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _to_nowhere(stream)
+        raise OutputError(
+            f"stdout cannot be written: {error.strerror}", hint="what is there is not the whole"
+        ) from error
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Let what is left in a stream's buffer not fail again when Python flushes it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class Session:
@@ -97,7 +113,8 @@ class Session:
     def show(self, result: object = "", **style: Any) -> None:
         """Print a result on stdout; with --json nothing, as the document holds it."""
         if not self.json:
-            self._to_out(printed(self.stdout, _text(result), **style))
+            with _read_no_more(self._out), _written(self._out):  # rich writes nothing, which flushes what was before
+                self._out.write(printed(self.stdout, _text(result), **style))
 
     def write(self, text: str) -> None:
         """Write a result that is text, long lines unfolded, to stdout."""
@@ -106,7 +123,7 @@ class Session:
 
     def write_bytes(self, data: bytes) -> None:
         """Write a file's content to stdout."""
-        with _read_no_more(self._out):
+        with _read_no_more(self._out), _written(self._out):
             self._out.flush()
             self._out.buffer.write(data)
 
@@ -134,18 +151,22 @@ class Session:
         """Print an error on stderr."""
         self._print_error(text, style="red", soft_wrap=True)
 
-    def finish(self, code: int) -> None:
-        """Print the document, if one was asked for."""
-        with _read_no_more(self._out):
-            if self.json:
-                from xform.report.schema import plain
+    def finish(self, code: int) -> int:
+        """Print the document, if one was asked for, and return the exit code."""
+        try:
+            with _read_no_more(self._out), _written(self._out):
+                if self.json:
+                    from xform.report.schema import plain
 
-                json.dump(plain({**self.document, "exit_code": code}), self._out, indent=2, allow_nan=False)
-                self._out.write("\n")
-            self._out.flush()
+                    json.dump(plain({**self.document, "exit_code": code}), self._out, indent=2, allow_nan=False)
+                    self._out.write("\n")
+                self._out.flush()
+        except OutputError as error:
+            return code or self.fail(error)
+        return code
 
     def _to_out(self, text: str) -> None:
-        with _read_no_more(self._out):
+        with _read_no_more(self._out), _written(self._out):
             self._out.write(text)
 
     def _print_error(self, text: object, **style: Any) -> None:

@@ -80,11 +80,11 @@ class Optimized(ABC):
         self._check_unchanged()
         target = Path(path).absolute()
         check_suffix(target, self.artifact.backend)
-        beside = [report_path(target)] if report else []
+        beside = {report_path(target): self.report} if report else {}
         refuse_overwriting([target, *beside], sources(self.graph))
         files = self.artifact.save(target)
-        for file in beside:
-            write_report(self.report, file)
+        for file, described in beside.items():
+            write_report(described, file)
         return [*files, *beside]
 
     @abstractmethod

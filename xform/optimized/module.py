@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from xform.capture.torch_calling import Signature
 from xform.capture.torch_module import CapturedModule, capture_torch
 from xform.compilation import Compiled, Request
-from xform.errors import TargetError, UsageError, VerificationError
+from xform.errors import CaptureError, TargetError, UsageError, VerificationError
 from xform.forks import settle
 from xform.limits import earned_by, limited
 from xform.optimized.base import Optimized
@@ -110,7 +110,10 @@ class OptimizedModule(Optimized):
         """
         if not callable(getattr(self.original, "generate", None)):
             raise AttributeError(f"{type(self.original).__name__} has no generate()")
-        return generate_with(self)
+        try:
+            return generate_with(self)
+        except AttributeError as error:  # as it is, Python would take it for `generate` not being there
+            raise CaptureError(f"generate() of {type(self.original).__name__} cannot be driven: {error}") from error
 
     @property
     def signature(self) -> inspect.Signature:

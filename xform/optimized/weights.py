@@ -196,7 +196,7 @@ def _storages(module: torch.nn.Module | ExportedProgram) -> list[tuple[int, int]
     if isinstance(module, ExportedProgram):
         tensors = [t for t in module.state_dict.values() if isinstance(t, torch.Tensor)]
     else:
-        tensors = [*module.parameters(), *module.buffers()]
+        tensors = [*module.parameters(), *module.buffers(), *Settings(module).tensors.values()]
     plain = [t.untyped_storage() for t in tensors if t.layout is torch.strided and t.device.type == "cpu"]
     return sorted({(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in plain})
 

@@ -29,7 +29,7 @@ from xform.cachefile import CacheFolder
 from xform.errors import TargetError, XformError
 from xform.graph.fingerprint import fingerprint
 from xform.report.environment import Environment, code_fingerprint
-from xform.report.latency import Deployed, Loaded, Timing, measure
+from xform.report.latency import MEASURABLE, Deployed, Loaded, Timing, measure
 from xform.target import Target
 from xform.text import paragraph
 
@@ -37,7 +37,6 @@ TuneMode = Literal["off", "quick", "full"]
 MODES: tuple[TuneMode, ...] = ("off", "quick", "full")
 
 INPUT = "input"
-_MEASURABLE = ("onnxruntime", "openvino")  # backends whose artifacts `measure` can run
 _ROUNDS = {"quick": 5, "full": 9}
 _FINAL_ROUNDS = {"quick": 9, "full": 25}
 _FEWEST_ROUNDS = 5  # however long they take
@@ -120,7 +119,7 @@ def candidates(
     found += [Candidate(other.name, (forms or {}).get(other.name, optimized), other, options) for other in others]
     if exact is not None:
         found += [Candidate(f"{b.name}, float", exact, b, options) for b in (backend, *others)]
-    if backend.name in _MEASURABLE:
+    if backend.name in MEASURABLE:
         found.append(Candidate(INPUT, captured, backend, LowerOptions(options.opset, options.portable, verbatim=True)))
     return found
 
@@ -129,7 +128,7 @@ def competitors(backend: Backend, target: Target, options: LowerOptions) -> list
     """Other backends that serve the target and these options, are installed, and can be measured."""
     if options.portable or options.opset is not None:
         return []
-    kinds = [kind() for name, kind in BACKENDS.items() if name != backend.name and name in _MEASURABLE]
+    kinds = [kind() for name, kind in BACKENDS.items() if name != backend.name and name in MEASURABLE]
     return [other for other in kinds if target.kind in other.kinds and other.available(target) is None]
 
 
@@ -206,11 +205,11 @@ def _measure(
                 (alone[label],) = measure([subject], feeds, rounds=1, seconds=0.0, loaded=loaded)
             except TargetError as error:
                 decision.failed[label] = error.what
+            loaded.keep([subjects[label] for label in _hopeful(alone)])  # no more than needed, as models may be large
         if not alone:
             return []
         _record(decision, alone)
-        fastest = min(timing.median_ms for timing in alone.values())
-        meeting = [label for label, t in alone.items() if label == INPUT or t.median_ms <= _HOPELESS * fastest]
+        meeting = _hopeful(alone)
         everyone, seconds = list(meeting), _SECONDS[mode]
         pooled: dict[str, Timing] = {}
         leaders: list[str] = []
@@ -230,6 +229,12 @@ def _measure(
             if len(meeting) < 2:
                 break
         return everyone
+
+
+def _hopeful(alone: Mapping[str, Timing]) -> list[str]:
+    """The labels that are not much slower than the fastest, each measured alone; the model as it came always."""
+    fastest = min((timing.median_ms for timing in alone.values()), default=0.0)
+    return [label for label, t in alone.items() if label == INPUT or t.median_ms <= _HOPELESS * fastest]
 
 
 def _near(timings: Mapping[str, Timing]) -> list[str]:
@@ -272,7 +277,7 @@ def _key(competing: Sequence[Candidate], target: Target, feeds: Mapping[str, Any
         "sizes": {name: list(np.shape(array)) for name, array in feeds.items()},
         "mode": mode,
         "machine": [here.system, here.processor, here.cores, list(here.cpu_features)],
-        "versions": {name: here.versions.get(name) for name in _MEASURABLE},
+        "versions": {name: here.versions.get(name) for name in MEASURABLE},
         "code": code_fingerprint(),  # the lowering decides what competes
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]

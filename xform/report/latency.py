@@ -28,6 +28,7 @@ from xform.errors import TargetError
 from xform.report.schema import LatencyReport
 
 _WORKER = Path(__file__).with_name("latency_worker.py")
+MEASURABLE = ("onnxruntime", "openvino")  # backends whose files a process of its own can run
 _PAUSE = 0.05  # seconds for the threads of the one before to stop spinning
 
 
@@ -136,6 +137,9 @@ def measure(
         TargetError: A model could not be loaded or run.
     """
     subjects = [model if isinstance(model, Deployed) else Deployed(model) for model in models]
+    for subject in subjects:
+        if subject.backend not in MEASURABLE:
+            raise TargetError(f"latency of {subject.backend} cannot be measured", hint="leave measuring out")
     with Loaded() if loaded is None else contextlib.nullcontext(loaded) as pool:
         return _take_turns(pool.contenders(subjects, feeds, threads), rounds, seconds, progress)
 
