@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ import pytest
 
 from xform.pipeline.isolated import isolated_runtime
 from xform.pipeline.oracle import CouldNotRunError, Session, run_model
+from xform.pipeline.reference import OriginalModel
 from xform.pipeline.verify import verify
 
 
@@ -73,3 +76,25 @@ def test_strings_and_sequences_and_bfloat16():
         found = run_model(sequence, [{"x": parts}])[0]["y"]
         assert [part.shape for part in found] == [(2,), (3,)]
         assert run_model(narrow, [{"x": np.array([1.5, 2], np.float32)}])[0]["y"].tolist() == [1.5, 2]
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_file_with_external_data_runs_in_another_process(tmp_path: Path, isolated: bool):
+    """Everything does inside `isolated_runtime`, and Einsum on nothing, on which it may end its process, always."""
+    weight = np.random.default_rng(3).normal(size=(40, 40)).astype(np.float32)
+    text = 'g (float[n,40] x) => (float[n,40] y) { y = Einsum<equation = "ni,ij->nj">(x, w) }'
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> {text}')
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="model.data", size_threshold=0)
+    original = OriginalModel(path)
+    with isolated_runtime() if isolated else contextlib.nullcontext():
+        full = original({"x": weight[:3]})["y"]
+        np.testing.assert_allclose(full, weight[:3] @ weight, rtol=1e-4, atol=1e-4)
+        assert isolated == (original._session._child is not None)
+        try:
+            assert original({"x": weight[:0]})["y"].shape == (0, 40)
+        except CouldNotRunError as error:  # this runtime's kernel divides by the size
+            assert "crashed" in error.what
+        assert original._session is not None  # this process is still there
+    original.close()

@@ -56,12 +56,27 @@ def isolation_timeout() -> float | None:
 class Child:
     """A process that has one graph loaded.
 
+    Args:
+        proto: The graph.
+        lent: Arrays for the initializers that it leaves out, by name.
+        threads: Intra-op threads.
+        timeout_s: Seconds for loading and for every single run.
+        folder: Where its external data lies; None where it has none.
+
     Raises:
         ChildError: It does not load the graph.
     """
 
-    def __init__(self, proto: onnx.ModelProto, lent: Mapping[str, Any], threads: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        lent: Mapping[str, Any],
+        threads: int,
+        timeout_s: float,
+        folder: Path | None = None,
+    ) -> None:
         self._timeout_s = timeout_s
+        self._data = folder
         self._folder = tempfile.TemporaryDirectory(prefix="xform-")
         self._names = _input_names(proto)
         self._outputs = len(proto.graph.output)
@@ -112,7 +127,7 @@ class Child:
     def _start(self, path: Path, threads: int) -> subprocess.Popen[str]:
         environment = {**os.environ, "PYTHONFAULTHANDLER": "0"}
         return subprocess.Popen(
-            [sys.executable, isolated_worker.__file__, str(path), str(threads)],
+            [sys.executable, isolated_worker.__file__, str(path), str(threads), str(self._data or "")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """Runs one ONNX file for another process, so that a crash of the runtime ends this process only.
 
-    python isolated_worker.py model.onnx THREADS
+    python isolated_worker.py model.onnx THREADS [FOLDER of its external data, if that is another than its own]
 
 Reads lines "INPUTS.npz OUTPUTS.npz" (tab between) from stdin, and answers each with "ok" or "error MESSAGE" on stdout;
 the first answer says whether the model loaded. Imports nothing of xform, to start quickly. Arrays are named by place:
@@ -54,7 +54,7 @@ def _answer(text: str) -> None:
     sys.stdout.flush()
 
 
-def serve(path: str, threads: int) -> None:
+def serve(path: str, threads: int, folder: str = "") -> None:
     """Load the file and answer until stdin ends."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -62,8 +62,13 @@ def serve(path: str, threads: int) -> None:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    model: str | bytes = path
+    if folder:  # which counts for what is not loaded from a file
+        with open(path, "rb") as file:
+            model = file.read()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         _answer(f"error {error}")
         return
@@ -83,4 +88,4 @@ def serve(path: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

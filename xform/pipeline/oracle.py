@@ -18,12 +18,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from xform import limits
 from xform.errors import LimitError, ModelError, VerificationError
 from xform.graph.clone import clone
 from xform.graph.downgrade import downgrade
 from xform.graph.downgrade_attention import written_out
 from xform.pipeline.bounded_run import check_sizes, fed_bytes, run_bounded, share_arena
-from xform.pipeline.isolated import DEFAULT_TIMEOUT_S, Child, isolation_timeout
+from xform.pipeline.isolated import Child, isolation_timeout
 
 Inputs = Mapping[str, Any]
 Outputs = dict[str, Any]
@@ -32,6 +33,7 @@ Oracle = Callable[[Inputs], Mapping[str, Any] | Sequence[Any]]
 LEND_FROM_BYTES = 4096  # smaller initializers travel in the graph, where the runtime's shape inference can read them
 _MAX_IR_VERSION = 10  # ONNX Runtime refuses files stamped newer than it knows; the stamp itself changes nothing
 _THREADS = 2
+_LOAD_S = 30.0  # a process of its own has at least so long to start and load
 # end the process instead of raising on an empty batch or sequence: Einsum divides by it, the others call std::terminate
 _ABORT_ON_NOTHING = frozenset({"Einsum", "GRU", "LSTM"})
 _NEWEST_OPSET = re.compile(r"official support for domain ai\.onnx is till opset (\d+)")
@@ -107,7 +109,7 @@ class Session:
         timeout = isolation_timeout()
         try:
             if timeout is not None:
-                self._child = Child(proto, lent, threads, timeout)
+                self._child = Child(proto, lent, threads, timeout, self._folder)
             else:
                 data = proto.SerializeToString()
                 self._session, self._in_arena = _in_process(data, lent, threads, self._brought, self._folder)
@@ -134,7 +136,7 @@ class Session:
             if self._child is not None:
                 results = self._child.run(feeds)
             elif self._may_abort and empty:
-                results = self._run_apart(feeds)
+                results = self._run_apart(feeds, limits.allowed("seconds", brought))
             else:
                 results = run_bounded(self._session, feeds, self._brought, self._in_arena)
         except LimitError:
@@ -143,14 +145,10 @@ class Session:
             raise CouldNotRunError(f"ONNX Runtime failed: {_first_line(error)}") from error
         return dict(zip(self._output_names, results, strict=True))
 
-    def _run_apart(self, feeds: Mapping[str, Any]) -> list[Any]:
+    def _run_apart(self, feeds: Mapping[str, Any], seconds: float) -> list[Any]:
         """Run in a child process that the runtime may end."""
         assert self._proto is not None
-        if has_external_data(self._proto):
-            raise CouldNotRunError(
-                "an operator may end the process on an empty input, and data files are not taken to another"
-            )
-        child = Child(self._proto, self._lent, self._threads, DEFAULT_TIMEOUT_S)
+        child = Child(self._proto, self._lent, self._threads, max(seconds, _LOAD_S), self._folder)
         try:
             return child.run(feeds)
         finally:
@@ -335,11 +333,6 @@ def _downgraded(model: ir.Model, opset: int) -> ir.Model:
     except ModelError as error:
         raise CouldNotRunError(f"ONNX Runtime knows opsets up to {opset}: {error.what}", where=error.where) from error
     return copy
-
-
-def has_external_data(proto: onnx.ModelProto) -> bool:
-    """Whether weights of a model lie in files of their own."""
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
 
 
 def _operators(proto: onnx.ModelProto) -> set[str]:

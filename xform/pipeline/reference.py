@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from xform.pipeline.isolated import isolation_timeout
 from xform.pipeline.oracle import (
     CouldNotRunError,
     Inputs,
@@ -25,7 +24,6 @@ from xform.pipeline.oracle import (
     Outputs,
     Session,
     call_oracle,
-    has_external_data,
     to_numpy,
 )  # fmt: skip
 
@@ -49,7 +47,7 @@ class OriginalModel:
         """Load it.
 
         Raises:
-            CouldNotRunError: ONNX Runtime does not load it, or it lies beside other files and runs elsewhere.
+            CouldNotRunError: ONNX Runtime does not load it.
         """
         if self._session is not None:
             return
@@ -65,8 +63,6 @@ class OriginalModel:
             proto.CopyFrom(self._source)
         else:
             proto = onnx.ModelProto.FromString(self._source)
-        if folder is not None and isolation_timeout() is not None and has_external_data(proto):
-            raise CouldNotRunError("its data files are not taken into the process that runs it")
         self._session = Session(proto, folder=folder)
 
     def __call__(self, inputs: Inputs) -> Mapping[str, Any]:
