@@ -190,3 +190,18 @@ print(xform.optimize(onnx.parser.parse_model(text)).report.verification.passed)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+def test_masks_are_tried_on_short_sequences_first_and_on_those_of_the_user_where_the_model_refuses_them() -> None:
+    rng = np.random.default_rng(8)
+    given = {"ids": rng.integers(0, 9, (1, 40)), "attention_mask": np.ones((1, 40), np.int64)}
+    inputs = "g (int64[batch,seq] ids, int64[batch,seq] attention_mask) => (float[batch,seq] y)"
+    masked = "f = Cast<to = 1>(ids) m = Cast<to = 1>(attention_mask) a = Mul(f, m)"
+    free = parse(f"{inputs} {{ {masked} y = Relu(a) }}")
+    # rows of 40: sequences of 16 fit into none
+    bound = parse(f"{inputs} {{ {masked} b = Reshape(a, rows) s = Shape(a) y = Reshape(b, s) }}", rows=[-1, 40])
+    for model, length in ((free, 16), (bound, 40)):
+        verifier = Verifier(model, inputs=given)
+        verifier.prepare()
+        lengths = {case.sizes["seq"] for case in verifier.cases if case.masks}
+        assert lengths == {length} and verifier.coverage.masks == STYLES

@@ -59,6 +59,7 @@ class Session:
         model: The graph, left as it is; or a ModelProto, which is run as it is and becomes the session's own.
         threads: Intra-op threads.
         folder: Where a ModelProto's external data lies.
+        path: A file that holds the ModelProto: the runtime reads it from there where it can be run as it is.
 
     Raises:
         CouldNotRunError: The graph cannot be serialized, or the runtime refuses it.
@@ -70,8 +71,10 @@ class Session:
         *,
         threads: int = _THREADS,
         folder: Path | None = None,
+        path: Path | None = None,
     ) -> None:
         self._folder = folder
+        self._path: Path | None = None
         self._child: Child | None = None
         self._session: Any = None
         self._in_arena = False
@@ -79,8 +82,9 @@ class Session:
         self._model: ir.Model | None = None
         if isinstance(model, onnx.ModelProto):
             self._output_names = [value.name for value in model.graph.output]
+            newer = model.ir_version > _MAX_IR_VERSION
             model.ir_version = min(model.ir_version, _MAX_IR_VERSION)
-            _widen_interface(model.graph)
+            self._path = path if not _widen_interface(model.graph) and not newer else None
             self._start(model, {}, threads)
             return
         self._output_names = [value.name or "" for value in model.graph.outputs]
@@ -111,7 +115,7 @@ class Session:
             if timeout is not None:
                 self._child = Child(proto, lent, threads, timeout, self._folder)
             else:
-                data = proto.SerializeToString()
+                data = str(self._path) if self._path is not None else proto.SerializeToString()
                 self._session, self._in_arena = _in_process(data, lent, threads, self._brought, self._folder)
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime does not load the graph: {_first_line(error)}") from error
@@ -169,9 +173,9 @@ class Session:
 
 
 def _in_process(
-    data: bytes, lent: Mapping[str, Any], threads: int, brought: int, folder: Path | None
+    data: bytes | str, lent: Mapping[str, Any], threads: int, brought: int, folder: Path | None
 ) -> tuple[Any, bool]:
-    """A session, and whether it allocates in the bounded arena."""
+    """A session of a serialized graph or a file, and whether it allocates in the bounded arena."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_mem_reuse = False  # planning it is quadratic where sizes are unknown; values are freed either way
@@ -297,8 +301,13 @@ def _widened(name: str) -> str:
     return name + "__as_float32"
 
 
-def _widen_interface(graph: onnx.GraphProto) -> None:
-    """Give every input and output of a dtype without NumPy type a float32 twin and a Cast in between."""
+def _widen_interface(graph: onnx.GraphProto) -> bool:
+    """Give every input and output of a dtype without NumPy type a float32 twin and a Cast in between.
+
+    Returns:
+        Whether there was one.
+    """
+    nodes = len(graph.node)
     initialized = {tensor.name for tensor in graph.initializer}
     for value in graph.input:
         dtype = value.type.tensor_type.elem_type
@@ -314,6 +323,7 @@ def _widen_interface(graph: onnx.GraphProto) -> None:
             graph.node.append(onnx.helper.make_node("Cast", [value.name], [_widened(value.name)], to=to))
             value.name = _widened(value.name)
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return len(graph.node) > nodes
 
 
 def _widen_interface_names(proto: onnx.ModelProto) -> dict[str, str]:

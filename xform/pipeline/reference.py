@@ -54,16 +54,17 @@ class OriginalModel:
         if isinstance(self._source, ir.Model):
             self._session = Session(self._source)
             return
-        folder = None
+        folder = path = None
         if isinstance(self._source, str | os.PathLike):
-            folder = Path(self._source).absolute().parent
-            proto = onnx.load(Path(self._source), load_external_data=False)
+            path = Path(self._source).absolute()
+            folder = path.parent
+            proto = onnx.load(path, load_external_data=False)
         elif isinstance(self._source, onnx.ModelProto):
             proto = onnx.ModelProto()
             proto.CopyFrom(self._source)
         else:
             proto = onnx.ModelProto.FromString(self._source)
-        self._session = Session(proto, folder=folder)
+        self._session = Session(proto, folder=folder, path=path)
 
     def __call__(self, inputs: Inputs) -> Mapping[str, Any]:
         """Outputs by name."""

@@ -27,6 +27,7 @@ _ROW_STYLES = ("large", "zero", "negative", "halves", "typical")
 _MIXED = "large, zero, negative and half-integer rows"
 _SHARE_AT_LIMITS = 0.3  # of the values that are put where the graph compares
 _MAX_STATIC_RUNS = len(STYLES)
+_SHORT = 16  # of a sequence with masks: long enough for every style of them, and many times as fast as long ones
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,20 @@ class Stress:
         """Whether some input is a mask, or tells by a number which of its elements count."""
         return any(self._is_mask(name) for name in self._roles)
 
-    def cases(self) -> Iterator[InputCase]:
-        """The sets, the most telling first."""
+    def cases(self) -> Iterator[tuple[InputCase, ...]]:
+        """The sets, the most telling first, each in the forms to try until the model takes one, the fastest first."""
+        resizable = self._batch and self.has_masks
+        short = {s: min(n, _SHORT) for s, n in self._known.items() if resizable and self._means[s] == "sequence"}
         for number, plan in enumerate(self._plans()):
-            case = self._case(plan, number)
-            if case is not None:
-                yield case
+            forms = [self._case(plan, number, sizes) for sizes in ({**self._known, **short}, self._known)]
+            found = tuple(form for form in forms if form is not None)
+            if found:
+                yield found[:1] if short.items() <= self._known.items() else found
 
     def resized(self) -> Iterator[InputCase]:
         """The base at other sizes of its dynamic dims: tiled or cut along them, the same for every input."""
         seen = [self._known]
-        for grow in (_longer, _shorter, _double, _half):
+        for grow in (_shorter, _longer, _half, _double):
             sizes = {symbol: grow(self._means.get(symbol, "other"), size) for symbol, size in self._known.items()}
             if sizes not in seen and fits(self._dims, sizes):
                 seen.append(sizes)
@@ -113,8 +117,8 @@ class Stress:
             plans.append(_Plan(("full",), 0))
         return plans
 
-    def _case(self, plan: _Plan, number: int) -> InputCase | None:
-        sizes = {**self._known, **{s: plan.batch for s in self._batch if plan.batch is not None}}
+    def _case(self, plan: _Plan, number: int, known: Sizes) -> InputCase | None:
+        sizes = {**known, **{s: plan.batch for s in self._batch if plan.batch is not None}}
         if not fits(self._dims, sizes):
             return None
         arrays = self._at(sizes)
