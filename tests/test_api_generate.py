@@ -121,5 +121,6 @@ def test_what_keeps_generate_from_being_driven_is_told() -> None:
             raise AttributeError("no stack of encoders")
 
     fast = xform.optimize(Broken(4, 4).eval(), inputs=torch.randn(2, 4))
+    assert hasattr(fast, "generate")
     with pytest.raises(xform.CaptureError, match=r"generate\(\) of Broken cannot be driven: no stack of encoders"):
         fast.generate()

@@ -323,3 +323,42 @@ def test_ranges_of_dims_are_verified_beside_given_inputs() -> None:
 
 def _sizes(inputs: Any) -> set[str]:
     return {word.strip("(),") for text in inputs for word in str(text).split() if "batch=" in word}
+
+
+def runtime_norm(*outputs: str) -> onnx.ModelProto:
+    """RMSNorm as ONNX Runtime's own tools write it: an operator without a domain that ONNX does not define."""
+    rng = np.random.default_rng(31)
+    attributes = {"axis": -1, "epsilon": 1e-5, "stash_type": 1}
+    node = onnx.helper.make_node("SimplifiedLayerNormalization", ["x", "scale"], list(outputs), "norm", **attributes)
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", "t", 8]) for n in ("x", outputs[0])]
+    others = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in outputs[1:]]
+    scale = onnx.numpy_helper.from_array(rng.normal(size=8).astype(np.float32), "scale")
+    graph = onnx.helper.make_graph([node], "g", values[:1], [*values[1:], *others], [scale])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"portable": True}, {"opset": 13}])
+def test_operators_of_the_runtime_without_a_domain_are_read(options: dict[str, Any]) -> None:
+    result = xform.optimize(runtime_norm("y"), **options)
+    assert result.report.verification.passed and result.report.concepts == {"rms_norm": 1}
+    assert [r.rule for r in result.report.remarks if r.verdict == "applied"] == ["simplified"]
+
+
+def test_a_norm_whose_statistics_are_read_stays_and_is_not_portable() -> None:
+    result = xform.optimize(runtime_norm("y", "deviation"))
+    assert result.report.verification.passed
+    assert not [r for r in result.report.remarks if r.verdict in ("applied", "rolled_back")]
+    with pytest.raises(xform.TargetError, match=r"cannot be portable.*SimplifiedLayerNormalization") as caught:
+        xform.optimize(runtime_norm("y", "deviation"), portable=True)
+    assert caught.value.where == ("norm",)
+
+
+def test_a_result_is_portable_or_refused() -> None:
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", 4, 4]) for n in "xy"]
+    node = onnx.helper.make_node("Inverse", ["x"], ["y"], "inverse", domain="com.microsoft")
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    assert xform.optimize(model).report.verification.passed
+    with pytest.raises(xform.TargetError, match=r"not standard ONNX, com\.microsoft\.Inverse"):
+        xform.optimize(model, portable=True)

@@ -8,8 +8,10 @@ RotaryEmbedding 23).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
@@ -61,8 +63,37 @@ def lower(graph: ir.Model, options: LowerOptions) -> tuple[ir.Model, dict[str, i
         gather_moves(emitter)
         common_passes.RemoveUnusedNodesPass()(model)  # constants of moves that are no more
     _write_at_opset(model, options)
+    if options.portable:
+        _refuse_own(model)
     model.ir_version = min(model.ir_version, _IR_VERSION)
     return model, dict(sorted(emitter.lowered.items()))
+
+
+def _refuse_own(model: ir.Model) -> None:
+    """Refuse operators that ONNX does not define: what reads portable models need not be ONNX Runtime.
+
+    Raises:
+        TargetError: Naming the operators and their nodes.
+    """
+    standard = _standard_operators()
+    own = [n for n in model.graph.all_nodes() if (n.domain if n.domain != "ai.onnx" else "", n.op_type) not in standard]
+    if own:
+        kinds = ", ".join(sorted({f"{node.domain}.{node.op_type}".lstrip(".") for node in own}))
+        raise TargetError(
+            f"the result cannot be portable: the model has operators that are not standard ONNX, {kinds}",
+            where=_named(own),
+            hint="leave portable=True out, or replace these operators in the model",
+        )
+
+
+@functools.cache
+def _standard_operators() -> frozenset[tuple[str, str]]:
+    return frozenset((schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history())
+
+
+def _named(nodes: Sequence[ir.Node]) -> list[str]:
+    more = len(nodes) - _MAX_NAMED
+    return [*map(display_name, nodes[:_MAX_NAMED]), *([f"and {more} more"] if more > 0 else ())]
 
 
 def refuse_foreign(graph: ir.Model) -> None:
@@ -74,11 +105,9 @@ def refuse_foreign(graph: ir.Model) -> None:
     foreign = [node for node in graph.graph.all_nodes() if node.domain == "torch"]
     if foreign:
         kinds = sorted({node.op_type for node in foreign})
-        named = [display_name(node) for node in foreign[:_MAX_NAMED]]
-        more = len(foreign) - len(named)
         raise TargetError(
             f"ONNX Runtime cannot run the torch operators {', '.join(kinds)}: they have no meaning in ONNX",
-            where=[*named, f"and {more} more"] if more else named,
+            where=_named(foreign),
             hint="replace these operators in the model; xform passes leave them as they are",
         )
 

@@ -78,8 +78,9 @@ def open_session(model: ir.Model, settings: SessionSettings) -> tuple[Any, list[
         TargetError: It refuses the graph for another reason.
     """
     proto, lent = _serialize(model)
-    data = proto.SerializeToString()
+    data = b""
     try:
+        data = proto.SerializeToString()
         session = _session(data, lent, settings.options())
     except Exception as error:
         missing = _NO_KERNEL.search(str(error))
@@ -87,7 +88,7 @@ def open_session(model: ir.Model, settings: SessionSettings) -> tuple[Any, list[
             dtype = _dtype_of(model, missing["op"], missing["node"])
             raise KernelError("ONNX Runtime", missing["op"], missing["node"], dtype, hint=_WITHOUT_KERNEL) from error
         said = f"cannot load the lowered graph: {_first_line(error)}"
-        if _loads_as_it_is(data, lent, settings):
+        if data and _loads_as_it_is(data, lent, settings):
             said = f"breaks the lowered graph by {ITS_OWN}: {_first_line(error)}"
         raise TargetError(
             f"ONNX Runtime {ort.__version__} {said}",

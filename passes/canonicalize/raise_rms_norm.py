@@ -143,7 +143,8 @@ class Simplified(Rule):
     pattern = op("SimplifiedLayerNormalization", var("x"), var("scale"), name="norm")
 
     def check(self, match: Match, context: PassContext) -> Failure | None:
-        return QUIET if any(o.uses() for o in match.node("norm").outputs[1:]) else None
+        others = match.node("norm").outputs[1:]
+        return QUIET if any(other.uses() or other.is_graph_output() for other in others) else None
 
     def rewrite(self, match: Match, build: Builder) -> ir.Value:
         norm = match.node("norm")

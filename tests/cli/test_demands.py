@@ -20,6 +20,7 @@ from xform.rewrite.remarks import Remark
         ("batch_norm==0", Requirement("batch_norm", "==", 0)),
         ("Transpose<3", Requirement("Transpose", "<", 3)),
         ("ai.onnx.Conv>=2", Requirement("Conv", ">=", 2)),
+        ("ai.onnx.ml.Scaler==0", Requirement("ai.onnx.ml.Scaler", "==", 0)),
         ("com.microsoft.FusedMatMul=2", Requirement("com.microsoft.FusedMatMul", "=", 2)),
     ],
 )

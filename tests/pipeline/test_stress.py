@@ -192,7 +192,7 @@ print(xform.optimize(onnx.parser.parse_model(text)).report.verification.passed)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 
-def test_masks_are_tried_on_short_sequences_first_and_on_those_of_the_user_where_the_model_refuses_them() -> None:
+def test_masks_are_tried_at_the_length_of_the_user_and_on_short_sequences_where_the_model_takes_those() -> None:
     rng = np.random.default_rng(8)
     given = {"ids": rng.integers(0, 9, (1, 40)), "attention_mask": np.ones((1, 40), np.int64)}
     inputs = "g (int64[batch,seq] ids, int64[batch,seq] attention_mask) => (float[batch,seq] y)"
@@ -200,8 +200,30 @@ def test_masks_are_tried_on_short_sequences_first_and_on_those_of_the_user_where
     free = parse(f"{inputs} {{ {masked} y = Relu(a) }}")
     # rows of 40: sequences of 16 fit into none
     bound = parse(f"{inputs} {{ {masked} b = Reshape(a, rows) s = Shape(a) y = Reshape(b, s) }}", rows=[-1, 40])
-    for model, length in ((free, 16), (bound, 40)):
+    for model, expected in ((free, {40, 16}), (bound, {40})):
         verifier = Verifier(model, inputs=given)
         verifier.prepare()
         lengths = {case.sizes["seq"] for case in verifier.cases if case.masks}
-        assert lengths == {length} and verifier.coverage.masks == STYLES
+        assert lengths == expected and verifier.coverage.masks == STYLES
+
+
+def test_a_mask_that_is_forgotten_behind_the_first_tokens_is_found() -> None:
+    given = {"x": np.random.default_rng(9).normal(size=(2, 40)).astype(np.float32), "mask": np.ones((2, 40), np.int64)}
+    inputs = "g (float[batch,seq] x, int64[batch,seq] mask) => (float[batch,seq] y)"
+    right = parse(f"{inputs} {{ m = Cast<to = 1>(mask) y = Mul(x, m) }}")
+    ordered = "h = Slice(mask, zero, early, one) t = Slice(mask, early, end, one) e = Equal(t, t) o = Cast<to = 7>(e)"
+    wrong = parse(
+        f"{inputs} {{ {ordered} c = Concat<axis = 1>(h, o) m = Cast<to = 1>(c) y = Mul(x, m) }}",
+        zero=[0], early=[16], end=[1 << 40], one=[1],
+    )  # fmt: skip
+    found = Verifier(right, inputs=given).compare(wrong)
+    assert found.state == "failed"
+
+
+def test_a_table_that_ends_at_the_length_of_the_user_is_found() -> None:
+    given = {"x": np.random.default_rng(9).normal(size=(2, 40)).astype(np.float32)}
+    start = "g (float[batch,seq] x) => (float[batch,seq] y) { s = Shape(x) n = Gather(s, one) p = Range(zero, n, one)"
+    numbers = {"zero": 0, "one": 1, "last": 39}
+    right = parse(f"{start} f = Cast<to = 1>(p) y = Add(x, f) }}", **numbers)
+    wrong = parse(f"{start} q = Min(p, last) f = Cast<to = 1>(q) y = Add(x, f) }}", **numbers)
+    assert Verifier(right, inputs=given).compare(wrong).state == "failed"

@@ -9,11 +9,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from xform.errors import LimitError, UsageError
+import xform
+from xform.errors import LimitError, UsageError, XformWarning
 from xform.graph.clone import clone
 from xform.limits import Limits, exceeded, limited
 from xform.pipeline.oracle import LEND_FROM_BYTES, CouldNotRunError, Session, call_oracle, run_model, serialize
-from xform.pipeline.reference import Reference
+from xform.pipeline.reference import OriginalModel, Reference
 from xform.pipeline.verify import Verifier, verify
 
 
@@ -231,13 +232,32 @@ def outer(size: int) -> tuple[ir.Model, dict[str, np.ndarray]]:
     return model, {"x": np.random.default_rng(5).normal(size=(size, 1)).astype(np.float32)}
 
 
-def test_a_set_that_nobody_asked_for_and_that_is_past_a_limit_is_left_out_and_told():
+def test_an_optional_set_that_is_past_a_limit_is_left_out_and_told():
     model, inputs = outer(40)
     with limited(Limits(memory=3840)):  # 40 rows are within it, more are not
         found = Verifier(model, inputs=inputs).compare(model)
     assert found.ok and found.coverage.given == 1
-    assert any("n=41 was left out" in note and "'memory'" in note for note in found.notes)
-    assert any("n=41" in case for case in found.coverage.refused)
+    (note,) = found.notes
+    assert "n=41 was left out, and 1 more" in note and "'memory'" in note
+    assert not found.coverage.refused  # by the model
+
+
+@pytest.mark.parametrize("form", ["file", "proto", "graph"])
+def test_a_limit_that_only_the_candidate_is_held_to_is_told_too(tmp_path, form):
+    """The file as it came has no sizes to look at; what is made of it has."""
+    model, inputs = outer(100)
+    proto = ir.to_proto(model)
+    onnx.save(proto, tmp_path / "model.onnx")
+    given = {"file": tmp_path / "model.onnx", "proto": proto, "graph": model}[form]
+    with pytest.warns(XformWarning, match="n=101 was left out.*past a limit"):
+        result = xform.optimize(given, inputs=inputs, limits={"memory": 27500})
+    assert result.report.verification.passed and result.report.verification.given == 1
+
+
+def test_sizes_that_the_user_asked_for_are_not_left_out():
+    model, _ = outer(40)
+    with pytest.raises(LimitError, match="'memory'"):
+        xform.optimize(model, dynamic={"n": (1, 4000)}, limits={"memory": 1 << 20})
 
 
 def test_inputs_of_the_user_past_a_limit_end_the_run():
@@ -246,18 +266,31 @@ def test_inputs_of_the_user_past_a_limit_end_the_run():
         Verifier(model, inputs=inputs).compare(model)
 
 
-def test_after_a_run_without_end_nothing_more_is_tried(monkeypatch):
+def test_after_a_run_without_end_only_smaller_sets_are_tried(monkeypatch):
     model, inputs = outer(40)
     tried: list[int] = []
 
     def run(self, arrays):
         tried.append(len(arrays["x"]))
-        if len(tried) > 1:
+        if len(arrays["x"]) == 7:
             raise exceeded("seconds", "a run of the model does not end")
-        return {"y": arrays["x"] @ arrays["x"].T}
+        return {"y": np.maximum(arrays["x"] @ arrays["x"].T, 0)}
 
     monkeypatch.setattr(Reference, "run", run)
     verifier = Verifier(model, inputs=inputs)
-    verifier.prepare()
-    assert len(tried) == 2 and not verifier.unverifiable
-    assert len(verifier.coverage.refused) > 1
+    found = verifier.compare(model)
+    assert tried == [40, 7, 1, 0] and found.ok
+    (note,) = found.notes
+    assert "n=7" in note and "and " in note and "does not end" in note
+
+
+def test_a_file_earns_limits_by_its_weights(tmp_path):
+    weight = np.random.default_rng(6).normal(size=(300, 300)).astype(np.float32)
+    model = parse("g (float[n,300] x) => (float[n,300] y) { y = MatMul(x, w) }", w=weight)
+    for location in ("", "model.data"):
+        path = tmp_path / f"model{location}.onnx"
+        onnx.save(ir.to_proto(model), path, save_as_external_data=bool(location), location=location or None)
+        original = OriginalModel(path)
+        original.open()
+        assert original._session._brought == weight.nbytes
+        original.close()

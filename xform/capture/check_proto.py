@@ -216,9 +216,11 @@ def _check_operator(node: onnx.NodeProto, context: _Context) -> None:
     if call_key(node) in context.functions:
         return
     check_attributes(node)
+    if (domain, node.op_type) in runtime_operators():  # some of them have no domain: SimplifiedLayerNormalization
+        return
     if domain in STANDARD_DOMAINS:
         _check_schema(node, domain, context)
-    elif (domain, node.op_type) not in runtime_operators():
+    else:
         known = any(domain == d for d, _ in runtime_operators())
         raise ModelError(
             f"no runtime has the operator '{node.op_type}' of domain '{domain}'"
@@ -262,14 +264,19 @@ def runtime_operators() -> frozenset[_Operator]:
     """(domain, operator) of everything beyond standard ONNX that the installed ONNX Runtime has a schema for."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    return frozenset((s.domain, s.name) for s in state.get_all_operator_schema() if s.domain not in STANDARD_DOMAINS)
+    has = {(_domain(schema.domain), schema.name) for schema in state.get_all_operator_schema()}
+    return frozenset(has - _standard_operators())
 
 
 @functools.cache
 def known_operators() -> frozenset[_Operator]:
     """(domain, operator) of everything that a runtime knows by itself, at whatever version."""
-    standard = {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas_with_history()}
-    return runtime_operators() | {(_domain(domain), name) for domain, name in standard}
+    return runtime_operators() | _standard_operators()
+
+
+@functools.cache
+def _standard_operators() -> frozenset[_Operator]:
+    return frozenset((_domain(schema.domain), schema.name) for schema in onnx.defs.get_all_schemas_with_history())
 
 
 def check_tensor(tensor: onnx.TensorProto, where: str) -> None:

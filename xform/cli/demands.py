@@ -57,8 +57,11 @@ def parse_requirement(text: str) -> Requirement:
     match = re.fullmatch(r"\s*([A-Za-z_][\w.]*)\s*(?:(>=|<=|==|!=|=|>|<)\s*(\d{1,18}))?\s*", text)
     if match is None:
         raise UsageError(f"--require {shown(text)!r} is no requirement", hint="write for example attention>=12")
-    name = match[1].removeprefix("ai.onnx.")  # operators of this domain are counted by their bare names
-    if name not in COUNTED and not _is_operator(name):
+    name = match[1]
+    bare = name.removeprefix("ai.onnx.")
+    if bare != name and "." not in bare and _is_operator(bare):
+        name = bare  # operators of this domain are counted by their bare names
+    elif name not in COUNTED and not _is_operator(name):
         raise UsageError(
             f"--require {shown(text)!r}: {name!r} is neither a concept nor an operator", hint=closest(name, COUNTED)
         )
@@ -69,9 +72,11 @@ def _is_operator(name: str) -> bool:
     import onnx.defs
 
     domain, _, op_type = name.rpartition(".")
-    if domain:  # ONNX does not know the operators of other domains; they start with a capital everywhere
+    if (
+        domain and domain != "ai.onnx"
+    ):  # ONNX does not know the operators of other domains; they start with a capital everywhere
         return op_type[:1].isupper()
-    return any(schema.name == name for schema in onnx.defs.get_all_schemas())
+    return any(schema.name == op_type for schema in onnx.defs.get_all_schemas() if not schema.domain)
 
 
 def check_requirements(

@@ -44,9 +44,7 @@ def _written(stream: TextIO) -> Iterator[None]:
         raise
     except OSError as error:
         _to_nowhere(stream)
-        raise OutputError(
-            f"stdout cannot be written: {error.strerror}", hint="what is there is not the whole"
-        ) from error
+        raise OutputError(f"stdout cannot be written: {error.strerror}", hint="the output is incomplete") from error
 
 
 def _to_nowhere(stream: TextIO) -> None:

@@ -84,15 +84,26 @@ def same_size(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
     return prod(d for d in a if isinstance(d, int)) == prod(d for d in b if isinstance(d, int))
 
 
+class Held(float):
+    """A number that an attribute holds, or its default: another attribute holds it just as well.
+
+    What is computed from it is a plain float.
+    """
+
+
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    """Value of a node's attribute as plain Python (bytes decoded), or `default` when absent."""
+    """Value of a node's attribute as plain Python (bytes decoded), or `default` when absent; floats are `Held`."""
     attr = node.attributes.get(name)
-    return default if attr is None else attr.value
+    return _held(default if attr is None else attr.value)
 
 
 def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """All attributes of a node by name, as plain Python values."""
-    return {name: attr.value for name, attr in node.attributes.items()}
+    """All attributes of a node by name, as plain Python values; floats are `Held`."""
+    return {name: _held(attr.value) for name, attr in node.attributes.items()}
+
+
+def _held(value: Any) -> Any:
+    return Held(value) if type(value) is float else value
 
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:

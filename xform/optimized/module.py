@@ -113,7 +113,7 @@ class OptimizedModule(Optimized):
         try:
             return generate_with(self)
         except AttributeError as error:  # as it is, Python would take it for `generate` not being there
-            raise CaptureError(f"generate() of {type(self.original).__name__} cannot be driven: {error}") from error
+            return _cannot_generate(self.original, error)
 
     @property
     def signature(self) -> inspect.Signature:
@@ -306,3 +306,12 @@ def _renew_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_locks)
+
+
+def _cannot_generate(module: torch.nn.Module, error: Exception) -> Callable[..., NoReturn]:
+    """What raises CaptureError when it is called: only then is it known that anyone wants to generate."""
+
+    def generate(*_: Any, **__: Any) -> NoReturn:
+        raise CaptureError(f"generate() of {type(module).__name__} cannot be driven: {error}") from error
+
+    return generate

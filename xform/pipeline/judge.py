@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from xform.errors import LimitError
 from xform.graph.values import Array
 from xform.pipeline.noise import excuses, is_within, movement, nudged_outputs
 from xform.pipeline.oracle import CouldNotRunError, Outputs
@@ -123,7 +124,7 @@ class Judge:
             while len(measured.nudged) <= number:
                 seed = self._seed + len(measured.nudged)
                 measured.nudged.append(nudged_outputs(self._model, case.arrays, seed))
-        except CouldNotRunError as error:
+        except (CouldNotRunError, LimitError) as error:  # more is computed here than in the runs that were within them
             self._noise[key] = None
             self.notes.append(f"the noise of rounding could not be measured: {error.what}")
             return {}, None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ class Session:
             self._output_names = [value.name for value in model.graph.output]
             newer = model.ir_version > _MAX_IR_VERSION
             model.ir_version = min(model.ir_version, _MAX_IR_VERSION)
+            self._brought = sum(map(_declared_bytes, model.graph.initializer))
             self._path = path if not _widen_interface(model.graph) and not newer else None
             self._start(model, {}, threads)
             return
@@ -106,7 +108,7 @@ class Session:
 
     def _start(self, proto: onnx.ModelProto, lent: dict[str, Any], threads: int) -> None:
         self._casts = _widen_interface_names(proto)
-        self._brought = sum(array.nbytes for array in lent.values())
+        self._brought += sum(array.nbytes for array in lent.values())
         self._lent = lent  # the runtime reads this memory for as long as the session lives
         self._may_abort = bool(_operators(proto) & _ABORT_ON_NOTHING)
         self._proto, self._threads = (proto if self._may_abort else None), threads
@@ -115,10 +117,17 @@ class Session:
             if timeout is not None:
                 self._child = Child(proto, lent, threads, timeout, self._folder)
             else:
-                data = str(self._path) if self._path is not None else proto.SerializeToString()
-                self._session, self._in_arena = _in_process(data, lent, threads, self._brought, self._folder)
+                self._session, self._in_arena = self._opened(proto, lent, threads)
         except Exception as error:
             raise CouldNotRunError(f"ONNX Runtime does not load the graph: {_first_line(error)}") from error
+
+    def _opened(self, proto: onnx.ModelProto, lent: dict[str, Any], threads: int) -> tuple[Any, bool]:
+        if self._path is not None:
+            try:
+                return _in_process(str(self._path), lent, threads, self._brought, self._folder)
+            except Exception:  # a name that the runtime cannot open, or takes for another format: what is in it counts
+                self._path = None
+        return _in_process(proto.SerializeToString(), lent, threads, self._brought, self._folder)
 
     def run(self, inputs: Inputs) -> Outputs:
         """Outputs by name.
@@ -295,6 +304,12 @@ def _lendable(dtype: ir.DataType) -> bool:
 def _aligned(array: Any) -> Any:
     array = np.ascontiguousarray(array)
     return array if array.flags.aligned else array.copy()
+
+
+def _declared_bytes(tensor: onnx.TensorProto) -> int:
+    """What a stored tensor takes in memory. Capture has held it against the data that is there."""
+    kind = ir.DataType(tensor.data_type)
+    return 0 if kind is ir.DataType.STRING else prod(tensor.dims) * max(kind.bitwidth, 8) // 8
 
 
 def _widened(name: str) -> str:

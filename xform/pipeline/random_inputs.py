@@ -56,6 +56,11 @@ class InputCase:
         """Whether some dynamic dim is 0."""
         return 0 in self.sizes.values()
 
+    @property
+    def numel(self) -> int:
+        """Elements of all arrays."""
+        return sum(array.size for array in self.arrays.values() if isinstance(array, np.ndarray))
+
     def __str__(self) -> str:
         sizes = ", ".join(f"{name.lstrip('?')}={size}" for name, size in self.sizes.items())
         masks = f"masks {', '.join(self.masks)}" if self.masks else ""

@@ -27,7 +27,7 @@ _ROW_STYLES = ("large", "zero", "negative", "halves", "typical")
 _MIXED = "large, zero, negative and half-integer rows"
 _SHARE_AT_LIMITS = 0.3  # of the values that are put where the graph compares
 _MAX_STATIC_RUNS = len(STYLES)
-_SHORT = 16  # of a sequence with masks: long enough for every style of them, and many times as fast as long ones
+_SHORT = 16  # of sequences with one more style of masks, when all styles were tried at their own length
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Stress:
         resizable = self._batch and self.has_masks
         short = {s: min(n, _SHORT) for s, n in self._known.items() if resizable and self._means[s] == "sequence"}
         for number, plan in enumerate(self._plans()):
-            forms = [self._case(plan, number, sizes) for sizes in ({**self._known, **short}, self._known)]
+            lengths = ({**self._known, **short}, self._known) if number else (self._known,)
+            forms = [self._case(plan, number, sizes) for sizes in lengths]
             found = tuple(form for form in forms if form is not None)
             if found:
                 yield found[:1] if short.items() <= self._known.items() else found
@@ -85,7 +86,7 @@ class Stress:
     def resized(self) -> Iterator[InputCase]:
         """The base at other sizes of its dynamic dims: tiled or cut along them, the same for every input."""
         seen = [self._known]
-        for grow in (_shorter, _longer, _half, _double):
+        for grow in (_longer, _shorter, _double, _half):
             sizes = {symbol: grow(self._means.get(symbol, "other"), size) for symbol, size in self._known.items()}
             if sizes not in seen and fits(self._dims, sizes):
                 seen.append(sizes)

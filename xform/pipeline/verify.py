@@ -13,8 +13,10 @@ and a claim of equality is made only where numbers were compared:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | InputCase]
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
 _TOO_LARGE = "all that fit its sizes are too large to draw"
+_PAST_LIMIT = "past a limit"
 _MAX_TRIES = 24  # input sets proposed to a model that refuses some
 _MAX_NEW_CASES = 8  # input sets kept for the branches that they reach
 
@@ -77,7 +80,9 @@ class Verifier:
     prepared: bool = False
     coverage: Coverage = field(default_factory=Coverage)
     _random: bool | None = field(default=None, init=False, repr=False)
-    _out_of_time: bool = field(default=False, init=False, repr=False)
+    _asked: dict[int, InputCase] = field(default_factory=dict, init=False, repr=False)  # at sizes of the user, by id
+    _left_out: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _too_slow: float = field(default=inf, init=False, repr=False)  # elements of the smallest set that took too long
     _judge: Judge = field(init=False, repr=False)
     _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
     _to_force: dict[Branch, list[tuple[InputCase, Outputs]]] = field(default_factory=dict, init=False, repr=False)
@@ -127,6 +132,7 @@ class Verifier:
         other = replace(self, tolerance=tolerance)
         other._judge = Judge(self.model, tolerance, self.seed)
         other._left, other._to_force = self._left, self._to_force
+        other._left_out, other._too_slow, other._asked = self._left_out, self._too_slow, self._asked
         return other
 
     def cases_for(self, fidelity: Fidelity) -> list[InputCase]:
@@ -134,23 +140,26 @@ class Verifier:
         return [case for case in self.cases if _serves(case, fidelity)]
 
     def _run(self, candidate: ir.Model, cases: Sequence[InputCase]) -> list[Outputs | None]:
-        """What a graph gives; None on an empty batch where it refuses that, as operators that stand in between may."""
+        """What a graph gives; None on what may be left out.
+
+        That is an empty batch where it refuses that, as operators that stand in between may, and an optional set on
+        which it is past a limit: the graph has sizes to look at beforehand, which the reference may not have.
+        """
         try:
             return list(self.execute(candidate, [case.arrays for case in cases]))
         except CouldNotRunError:
             if not any(case.is_empty for case in cases):
                 raise
-        full = self.execute(candidate, [case.arrays for case in cases if not case.is_empty])
-        results: list[Outputs | None] = []
-        for case in cases:
-            if not case.is_empty:
-                results.append(full.pop(0))
-                continue
-            try:
-                results += self.execute(candidate, [case.arrays])
-            except CouldNotRunError:  # what is made of the graph is asked again
-                results.append(None)
-        return results
+            if len(cases) == 1:
+                return [None]  # what is made of the graph is asked again
+        except LimitError as error:
+            if not any(map(self._is_optional, cases)):
+                raise
+            if len(cases) == 1:
+                self._leave_out(cases[0], error)
+                return [None]
+        middle = len(cases) // 2  # halves, so that one load serves many sets
+        return self._run(candidate, cases[:middle]) + self._run(candidate, cases[middle:])
 
     def judge(
         self,
@@ -197,8 +206,15 @@ class Verifier:
         return self.compare(self.model)
 
     def _verdict(self, state: State, reason: str, errors: Sequence[OutputError] = (), *notes: str) -> Verification:
-        told = dict.fromkeys((*self.notes, *self._judge.notes, *notes))
+        told = dict.fromkeys((*self.notes, *self._judge.notes, *self._limits_told(), *notes))
         return Verification(state, reason, tuple(errors), tuple(told), self.coverage)
+
+    def _limits_told(self) -> tuple[str, ...]:
+        if not self._left_out:
+            return ()
+        case, why = next(iter(self._left_out.items()))
+        more = len(self._left_out) - 1
+        return (f"{case} was left out{f', and {more} more' if more else ''}, as that is past a limit: {why}",)
 
     def _collect(self, reference: Reference) -> None:
         """Run the reference on proposed inputs until enough have worked, then on what is made from the first ones."""
@@ -211,13 +227,12 @@ class Verifier:
                     break
                 if self.cases and case.source not in ("random", "given"):
                     break  # other values are for models that took none of the typical ones
-                why = (
-                    self._try(reference, case)
-                    if not self.cases or case.source == "given"
-                    else self._dare(reference, case)
-                )
+                if self.inputs is not None and not isinstance(self.inputs, Mapping):
+                    self._asked[id(case)] = case
+                asked_for = not self.cases or not self._is_optional(case)
+                why = self._try(reference, case) if asked_for else self._try_optional(reference, case)
                 kept = given if not why and len(self.cases) == 1 else kept
-                if why:
+                if why and why != _PAST_LIMIT:
                     refused = refused or why
                     self.notes.append(f"the model does not take {case}: {why}")
         if not self.cases:
@@ -241,20 +256,26 @@ class Verifier:
         self.references.append(outputs)
         return ""
 
-    def _dare(self, reference: Reference, case: InputCase) -> str:
-        """As `_try`, for a case that nobody asked for: one that is past a limit is left out, and told."""
-        try:
-            if not self._out_of_time:
+    def _try_optional(self, reference: Reference, case: InputCase) -> str:
+        """As `_try`, for an optional set: one that is past a limit is left out, and counted."""
+        if case.numel < self._too_slow:
+            try:
                 return self._try(reference, case)
-        except LimitError as error:
-            self._past_limit(case, error)
-            return error.what
-        return "a run before took as long as the limit 'seconds' allows"
+            except LimitError as error:
+                self._leave_out(case, error)
+        else:
+            self._left_out[str(case)] = "a smaller one is past the limit 'seconds'"
+        return _PAST_LIMIT
 
-    def _past_limit(self, case: InputCase, error: LimitError) -> None:
-        """What takes too long once takes so again: nothing more that nobody asked for is run."""
-        self._out_of_time = self._out_of_time or error.limit == "seconds"
-        self.notes.append(f"{case} was left out: {error.what}")
+    def _leave_out(self, case: InputCase, error: LimitError) -> None:
+        """Remember why a set is left out. What takes too long does so at larger sizes too."""
+        self._left_out.setdefault(str(case), error.what)
+        if error.limit == "seconds":
+            self._too_slow = min(self._too_slow, case.numel)
+
+    def _is_optional(self, case: InputCase) -> bool:
+        """Whether the user did not ask for a set: neither gave it, nor sizes for it."""
+        return case.source != "given" and id(case) not in self._asked
 
     def _proposals(self) -> Iterator[tuple[Iterator[InputCase], int, dict[str, Any]]]:
         """Streams of candidates, how many sets are wanted of each, and what in them the user gave."""
@@ -277,12 +298,20 @@ class Verifier:
             return
         bounded = not isinstance(self.inputs, Mapping) and any(isinstance(one, InputCase) for one in self.inputs or ())
         stress = Stress(self.model, base, kept, batch_is_free=not self.sizes and not bounded, seed=self.seed)
-        refused = [str(forms[-1]) for forms in stress.cases() if all(self._dare(reference, form) for form in forms)]
+        refused = []
+        for forms in stress.cases():
+            for case in forms:
+                why = self._try_optional(reference, case)
+                if not why:
+                    break
+            if why and why != _PAST_LIMIT:
+                refused.append(str(case))
         if base.source == "given" and not self.sizes:
             for case in stress.resized():
-                if not self._dare(reference, case):
+                why = self._try_optional(reference, case)
+                if not why:
                     break
-                refused.append(str(case))
+                refused += [str(case)] if why != _PAST_LIMIT else []
         self.coverage = replace(self.coverage, refused=tuple(refused))
 
     def _branch_out(self, reference: Reference) -> None:
@@ -293,33 +322,37 @@ class Verifier:
         reached: set[Branch] = set()
         usual: set[Branch] = set()  # by sets of usual values: others may saturate what a branch computes
         watch = Watch(self.model)
+        try:
+            watched = Reference(watch.model, None)
+        except CouldNotRunError:  # what is watched besides keeps the runtime from loading it: no way is seen
+            watched = None
 
         def new(case: InputCase) -> set[Branch]:
-            if self._out_of_time:
-                return set()
             try:
-                (outputs,) = run_anywhere(watch.model, [case.arrays])
+                return set() if watched is None else watch.reached(watched.run(case.arrays)) - reached
             except CouldNotRunError:  # the model refuses this set, which is what a search meets
                 return set()
             except LimitError as error:
-                self._past_limit(case, error)
+                if not self._is_optional(case):
+                    raise
+                self._leave_out(case, error)
                 return set()
-            return watch.reached(outputs) - reached
 
-        for case in self.cases:
-            found = new(case)
-            reached |= found
-            usual |= set() if case.extreme else found
-        base = self.cases[0]
-        source = "derived" if base.source == "given" else base.source
-        kept = 0
-        for case in attempts(self.model, replace(base, source=source)):
-            if len(reached) == len(every) or kept == _MAX_NEW_CASES:
-                break
-            found = new(case)
-            if found and not self._dare(reference, case):
+        with watched or nullcontext():
+            for case in self.cases:
+                found = new(case)
                 reached |= found
-                kept += 1
+                usual |= set() if case.extreme else found
+            base = self.cases[0]
+            source = "derived" if base.source == "given" else base.source
+            kept = 0
+            for case in attempts(self.model, replace(base, source=source)):
+                if len(reached) == len(every) or kept == _MAX_NEW_CASES:
+                    break
+                found = new(case) if case.numel < self._too_slow else set()
+                if found and not self._try_optional(reference, case):
+                    reached |= found
+                    kept += 1
         left = [branch for branch in every if branch not in reached]
         self.coverage = replace(self.coverage, branches=len(every), reached=len(every) - len(left))
         self._left = frozenset(left)
@@ -331,16 +364,17 @@ class Verifier:
         """What the captured model gives where it always goes this way, on the sets that it then takes."""
         model = forced(self.model, branch)
         found: list[tuple[InputCase, Outputs]] = []
-        for case in self.cases if model is not None else ():
-            assert model is not None
-            if self._out_of_time:
-                break
-            try:
-                found.append((case, run_anywhere(model, [case.arrays])[0]))
-            except CouldNotRunError:  # shapes that only go the other way
-                continue
-            except LimitError as error:
-                self._past_limit(case, error)
+        if model is None:
+            return found
+        try:
+            with Reference(model, None) as runner:
+                for case in self.cases:
+                    with suppress(CouldNotRunError):  # shapes that only go the other way
+                        found.append((case, runner.run(case.arrays)))
+        except CouldNotRunError:
+            return []
+        except LimitError as error:  # the way that no input goes may be the long one
+            self._leave_out(case, error)
         return found
 
     def _in_forced_branches(self, candidate: ir.Model, fidelity: Fidelity, verdict: Verification) -> Verification:
@@ -355,6 +389,10 @@ class Verifier:
                 continue
             try:
                 results = self.execute(model, [case.arrays for case, _ in chosen])
+            except LimitError as error:  # nobody asked for going this way
+                self._leave_out(chosen[0][0], error)
+                unreached += [in_words(self.model, branch)] if branch in self._left else []
+                continue
             except CouldNotRunError as error:
                 return self._verdict(
                     "failed", f"{in_words(self.model, branch)} runs in the captured model only: {error.what}"

@@ -13,7 +13,7 @@ from xform.graph.kernels import computing_type
 from xform.graph.reshape import constant_target
 from xform.graph.rounding import narrowed, rounding_loss
 from xform.graph.shapes import infer_node
-from xform.graph.values import ORIGIN, Array, Dim, shape_of
+from xform.graph.values import ORIGIN, Array, Dim, Held, shape_of
 
 Input = ir.Value | Array | float | int | bool | Sequence[int] | None
 
@@ -70,7 +70,8 @@ class Builder:
         values = [self._input(i, like) for i in inputs]
         while values and values[-1] is None:
             values.pop()
-        attrs = ir.convenience.convert_attributes({k: v for k, v in attributes.items() if v is not None})
+        plain = {k: float(v) if isinstance(v, Held) else v for k, v in attributes.items() if v is not None}
+        attrs = ir.convenience.convert_attributes(plain)
         node = ir.Node(domain, op_type, values, attrs, num_outputs=outputs, name=self._unique(f"xform_{op_type}"))
         for output in node.outputs:
             output.name = self._unique(f"{node.name}_out")
@@ -78,7 +79,9 @@ class Builder:
         self.lossy.extend(
             f"{name} = {value!r} of {op_type} is not exact as an attribute, which is float32"
             for name, value in attributes.items()
-            if isinstance(value, float) and not _survives(value, computing_type(node))
+            if isinstance(value, float)
+            and not isinstance(value, Held)
+            and not _survives(value, computing_type(node))
         )
         self._opsets.setdefault(domain, 1)
         infer_node(node, self._opsets[domain])

@@ -5,12 +5,15 @@ import importlib
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from support import applied, declared, floats, missed, ops, parse, rewritten, run
 
+import xform
 from xform.graph.values import ORIGIN, constant
 from xform.passes import PASSES
 from xform.passes.normalize import LayerNormToRMSNorm
 from xform.pipeline.manager import run_pipeline
+from xform.pipeline.presets import resolve
 from xform.rewrite.passes import PassContext
 from xform.target import Target
 
@@ -275,3 +278,29 @@ def test_it_can_be_left_to_the_targets_that_gain(kind: str, converted: bool, mon
     context = PassContext(Target(kind))
     assert LayerNormToRMSNorm(only_where_faster=True).run(parse(declared(STREAM, used), used), context) == converted
     assert any("not measured to gain" in r.reason for r in context.remarks) != converted
+
+
+def test_a_float64_model_is_rewritten_as_a_float32_model_is() -> None:
+    """Its epsilon is held by an attribute before and after, so that nothing is lost."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.inner, self.head = torch.nn.Linear(4, D), torch.nn.Linear(D, D), torch.nn.Linear(D, 3)
+            self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(D) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            return self.head(self.norms[1](x + self.inner(self.norms[0](x))))
+
+    generator = torch.Generator().manual_seed(2)
+    module = Block().to(torch.float64).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    result = xform.optimize(module, inputs=x, passes=[*resolve("exact"), LayerNormToRMSNorm()])
+    assert result.report.concepts["rms_norm"] == 2 and "layer_norm" not in result.report.concepts
+    assert result.report.verification.passed and result.report.verification.tolerance <= 1e-9
+    with torch.no_grad():
+        torch.testing.assert_close(result(x), module(x), rtol=1e-11, atol=1e-11)
