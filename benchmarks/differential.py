@@ -21,6 +21,7 @@ Figures of the last line:
     not_idempotent  a second run of the preset changes its own result
     planted, detected   wrong rules planted with verification on, and how many of them it found (benchmarks/planted.py)
     configs         the same per way of optimizing
+    excused         why inputs of a graph were not compared, and in how many graphs
     failing         {seed: [verdict, config, reason]} of the first 200
 
 Exit code 0 if wrong, crashed and not_idempotent are 0 and every planted rule was detected.
@@ -211,6 +212,7 @@ def summary(found: list[Result]) -> dict[str, Any]:
         "refused_by_reason": dict(
             Counter(_short(r["reason"]) for r in judged if r["verdict"] == "refused").most_common(20)
         ),
+        "excused": dict(Counter(why for r in judged for why in dict.fromkeys(r.get("excused", ()))).most_common()),
         "by_rule": dict(sorted(fired.items())),
         "never_fired": sorted(rules() - fired.keys()),
         "operator_names": sorted(names),

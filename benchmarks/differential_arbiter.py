@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-from differential_compare import TOLERANCES, Difference, Feed, Outputs, differences, retyped, session, spread
+from differential_compare import TOLERANCES, Difference, Feed, Outputs, differences, nodes_of, retyped, session, spread
 from differential_graphs import Case
 from differential_sketch import F16, F32, F64
 from onnx import TensorProto
@@ -15,12 +15,18 @@ INTEGERS = tuple(getattr(TensorProto, f"{sign}INT{bits}") for sign in ("", "U") 
 
 
 def undefined(case: Case) -> bool:
-    """Whether two runtimes may make different integers of a NaN, as casts and the range of numbers with one may."""
-    return any(
-        node.op_type == "DynamicQuantizeLinear"
-        or (node.op_type == "Cast" and any(a.name == "to" and a.i in INTEGERS for a in node.attribute))
-        for node in case.model.graph.node
-    )
+    """Whether two runtimes may make different integers of a NaN, as casts of floats and quantizing may."""
+    inferred = onnx.shape_inference.infer_shapes(case.model).graph
+    known = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.input)}
+    known.update((tensor.name, tensor.data_type) for tensor in inferred.initializer)
+
+    def makes_integers(node: onnx.NodeProto) -> bool:
+        if node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear"):
+            return True
+        to_integer = node.op_type == "Cast" and any(a.name == "to" and a.i in INTEGERS for a in node.attribute)
+        return to_integer and known.get(node.input[0], F32) not in (*INTEGERS, TensorProto.BOOL)
+
+    return any(map(makes_integers, nodes_of(case.model)))
 
 
 def finite(feed: Feed) -> bool:

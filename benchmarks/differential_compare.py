@@ -100,8 +100,8 @@ def _numbers(x: Any, y: Any, spread: Any, lenient: bool, loose: bool, factor: fl
         return None
     if x.dtype.kind in "biuSUO":
         apart = x != y
-        if spread is not None and x.dtype.kind != "O":
-            apart = apart & ~(spread > 0)
+        if spread is not None and x.dtype.kind in "biu":  # nudging has to reach as far as the result went
+            apart = apart & (np.abs(x.astype(np.float64) - y.astype(np.float64)) > spread)
         return (f"{int(apart.sum())} of {x.size} values differ", np.inf) if apart.any() else None
     tolerance = TOLERANCES[str(x.dtype)][0]
     a, b = x.astype(np.float64), y.astype(np.float64)
@@ -137,14 +137,17 @@ def _numbers(x: Any, y: Any, spread: Any, lenient: bool, loose: bool, factor: fl
 def spread(model: onnx.ModelProto, feed: Feed, want: Outputs, rounding: str = "") -> list[Any] | None:
     """How far nudging by one rounding error moves each number; None where nudged graphs do not run.
 
-    What larger nudges do is divided by their size, so that only what jumps comes out larger for them.
+    What larger nudges do to floats is divided by their size, so that only what jumps comes out larger for them. float16
+    and bfloat16 are nudged by one rounding error alone: more of them are no rounding any more.
 
     Args:
         rounding: The dtype whose rounding errors to nudge by, where it is not that of each value.
     """
     moved: list[Any] = [np.zeros(np.asarray(x).shape) for x in want]
+    narrow = {rounding, *(str(np.asarray(x).dtype) for x in (*want, *feed.values()))} & {"float16", "bfloat16"}
+    sizes = NUDGES[:1] if narrow else NUDGES
     ran = False
-    for seed, size in ((seed, size) for size in NUDGES for seed in range(NUDGED_RUNS)):
+    for seed, size in ((seed, size) for size in sizes for seed in range(NUDGED_RUNS)):
         rng = np.random.default_rng(seed)
         try:
             moved_feed = {k: _nudge(v, rng, rounding, size) for k, v in feed.items()}
@@ -161,8 +164,8 @@ def spread(model: onnx.ModelProto, feed: Feed, want: Outputs, rounding: str = ""
                 apart = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.inf)
                 same = (a == b) | (np.isnan(a) & np.isnan(b))
                 moved[i] = np.maximum(moved[i], np.where(same, 0.0, apart) / size)
-            else:
-                moved[i] = np.maximum(moved[i], x != y)
+            elif x.dtype.kind in "biu":
+                moved[i] = np.maximum(moved[i], np.abs(x.astype(np.float64) - y.astype(np.float64)))
     return moved if ran else None
 
 
@@ -190,7 +193,7 @@ def nudged(model: onnx.ModelProto, rng: np.random.Generator, rounding: str = "",
     out = onnx.ModelProto()
     out.CopyFrom(model)
     graph = out.graph
-    exponents = {node.input[1] for node in _nodes(model) if node.op_type == "Pow"}
+    exponents = {node.input[1] for node in nodes_of(model) if node.op_type == "Pow"}
     for tensor in graph.initializer:
         array = numpy_helper.to_array(tensor)
         if array.dtype.kind == "f" and array.size and tensor.name not in exponents:
@@ -278,7 +281,7 @@ def retyped(model: onnx.ModelProto, source: int, target: int) -> onnx.ModelProto
     for kind in _types(out):
         if kind.elem_type == source:
             kind.elem_type = target
-    for node in _nodes(out):
+    for node in nodes_of(out):
         for attribute in node.attribute:
             to_type = (node.op_type, attribute.name) in {
                 ("Cast", "to"),
@@ -305,7 +308,8 @@ def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
         waiting += [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
 
 
-def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+def nodes_of(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """All nodes, those of branches, loops and functions too."""
     for graph in _graphs(model):
         yield from graph.node
     waiting: list[Any] = [node for function in model.functions for node in function.node]
@@ -318,7 +322,7 @@ def _nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     for graph in _graphs(model):
         yield from graph.initializer
-    for node in _nodes(model):
+    for node in nodes_of(model):
         yield from (a.t for a in node.attribute if a.type == AttributeProto.TENSOR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ class Outcome:
         reason: In words.
         fired: Rules that were applied, "pass/rule" to how often.
         operators: Operators of the standard domain in the original.
+        excused: Why something was not compared.
     """
 
     seed: int
@@ -43,6 +45,7 @@ class Outcome:
     reason: str = ""
     fired: dict[str, int] = field(default_factory=dict)
     operators: list[str] = field(default_factory=list)
+    excused: list[str] = field(default_factory=list)
     motifs: list[str] = field(default_factory=list)
 
 
@@ -132,6 +135,9 @@ def judge(case: Case, tell: Tell, skip: frozenset[int] = frozenset(), optimize: 
     outcome.fired = dict(Counter(f"{r.pass_name}/{r.rule}" for r in done))
     rolled_back = [r for r in result.report.remarks if r.verdict == "rolled_back"]
     undone = [r for r in rolled_back if ITS_OWN not in r.reason]
+    outcome.excused += ["rolled back, as the runtime's optimizations break the result"] * (
+        not undone and bool(rolled_back)
+    )
     if undone:
         outcome.verdict = "crashed"
         outcome.reason = f"rolled back without verification: {undone[0].pass_name}: {undone[0].reason}"[:300]
@@ -192,8 +198,9 @@ def _run_result(
     try:
         made = session(data, optimized=optimized)
     except Exception:
-        if not optimized or not _runtime_fails(case, 0, tell):
+        if not optimized or _loads_optimized(case, tell):
             raise
+        outcome.excused.append("the runtime's optimizations break the original at load")
         return [None] * len(case.feeds)
     wrong = _interface(original.session, made)
     if wrong:
@@ -204,24 +211,39 @@ def _run_result(
         tell(f"result: feed {i}")
         try:
             outputs.append(None if want is None else made.run(None, feed))
-        except Exception:
-            if not _runtime_fails(case, i, tell):
+        except Exception as error:
+            excuse = _runtime_fails(case, i, error, optimized, tell)
+            if not excuse:
                 raise
+            outcome.excused.append(excuse)
             outputs.append(None)
     return outputs
 
 
-def _runtime_fails(case: Case, i: int, tell: Tell) -> bool:
-    """Whether the runtime does with these inputs what no result can be asked to make good.
+def _loads_optimized(case: Case, tell: Tell) -> bool:
+    tell("original: load, optimizations on")
+    try:
+        session(case.model, optimized=True)
+    except Exception:  # that it does not is the answer
+        return False
+    return True
 
-    The original, run as users run it (the runtime's own optimizations on), fails on them too; or it makes a value of
-    another rank than its operator declares, as ArgMax and the reductions do of nothing.
+
+def _runtime_fails(case: Case, i: int, error: Exception, optimized: bool, tell: Tell) -> str:
+    """What the runtime does wrong with these inputs, if no result can be asked to make it good.
+
+    The original, run as users run it (the runtime's own optimizations on), fails too: anywhere if the result was run
+    so as well, else in an operator of the same kind. Or it makes a value of another rank than its operator declares, as
+    ArgMax and the reductions do of nothing, and the result stumbles over a rank.
     """
     tell(f"original: feed {i}")
     try:
         session(case.model, optimized=True).run(None, case.feeds[i])
-    except Exception:  # that it fails is the answer
-        return True
+    except Exception as original:
+        if optimized or _kind_of(original) == _kind_of(error) != "":
+            return f"the runtime fails on the original too, in {_kind_of(original) or 'an operator'}"
+    if all(v.size for v in case.feeds[i].values()):
+        return ""
     inferred = onnx.shape_inference.infer_shapes(case.model)
     known = [v for v in inferred.graph.value_info if v.type.tensor_type.HasField("shape")]
     outputs = {output.name for output in inferred.graph.output}
@@ -229,8 +251,15 @@ def _runtime_fails(case: Case, i: int, tell: Tell) -> bool:
     try:
         got = session(inferred).run([value.name for value in known], case.feeds[i])
     except Exception:  # the runtime does not give these values out, so nothing is known of them
-        return False
-    return any(np.ndim(x) != len(v.type.tensor_type.shape.dim) for v, x in zip(known, got, strict=True))
+        return ""
+    wrong = any(np.ndim(x) != len(v.type.tensor_type.shape.dim) for v, x in zip(known, got, strict=True))
+    return f"a value of nothing has another rank than declared, before {_kind_of(error)}" if wrong else ""
+
+
+def _kind_of(error: Exception) -> str:
+    """The operator that the runtime names as failing; empty if it names none."""
+    found = re.search(r"while running (\w+) node", str(error))
+    return found[1] if found else ""
 
 
 def _interface(want: Any, got: Any) -> str:
@@ -288,6 +317,7 @@ def _compare(
         if finite_alone and not finite(case.feeds[i]):
             continue
         if case.config == "torch" and not finite(case.feeds[i]) and undefined(case):
+            outcome.excused.append("integers of what is not finite")
             continue
         keep = np.asarray(case.feeds[i][case.tokens]).astype(bool) if case.tokens else None
         compare = partial(

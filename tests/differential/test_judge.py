@@ -208,3 +208,39 @@ def test_a_failing_graph_is_made_smaller() -> None:
     small = minimized(a_case(3), fails)
     assert [node.op_type for node in small.model.graph.node] == ["Softmax"]
     assert session(small.model).run(None, small.feeds[0])[0].shape == small.feeds[0]["a"].shape
+
+
+def test_an_integer_that_went_farther_than_nudging_moves_it_is_wrong() -> None:
+    x = np.float16([[0.5, 1.0, 2.0, 3.0]])
+    nodes = [helper.make_node("Mul", ["x", "k"], ["m"]), helper.make_node("Cast", ["m"], ["y"], to=TensorProto.INT32)]
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, 4]),
+        helper.make_tensor_value_info("y", TensorProto.INT32, [1, 4]),
+    ]
+    tensors = [numpy_helper.from_array(np.float16(50.0), "k")]
+    model = helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], tensors), ir_version=8)
+    model.opset_import[0].version = 17
+    want = session(model).run(None, {"x": x})
+    moved = spread(model, {"x": x}, want)
+    assert moved is not None and (moved[0] > 0).any()
+    assert differences(want, [np.zeros_like(want[0])], moved)
+    assert not differences(want, [want[0] - 1 * (moved[0] >= 1).astype(np.int32)], moved)
+
+
+def test_a_failure_of_the_result_alone_is_not_excused() -> None:
+    """On nothing ArgMax keeps the axis that it reduces, but that is no excuse for a result that fails elsewhere."""
+    case = a_case(1)
+
+    def optimize(model: onnx.ModelProto, **options: Any) -> Made:
+        broken = onnx.ModelProto()
+        broken.CopyFrom(model)
+        shape = numpy_helper.from_array(np.int64([7, 11, 13]), "impossible")
+        broken.graph.initializer.append(shape)
+        last = broken.graph.output[0].name
+        for node in broken.graph.node:
+            node.output[:] = [f"{n} before" if n == last else n for n in node.output]
+        broken.graph.node.append(helper.make_node("Reshape", [f"{last} before", "impossible"], [last], "late"))
+        return Made(broken.SerializeToString())
+
+    outcome = judge(case, lambda phase: None, optimize=optimize)
+    assert outcome.verdict in ("crashed", "wrong") and not outcome.excused
