@@ -284,6 +284,23 @@ def test_after_a_run_without_end_only_smaller_sets_are_tried(monkeypatch):
     assert "n=7" in note and "and " in note and "does not end" in note
 
 
+def test_optional_sets_share_the_time_of_half_a_run(monkeypatch):
+    model, inputs = outer(40)
+    tried: list[int] = []
+    clock = iter(range(0, 1000, 4))  # each run takes four seconds, of ten that one may take
+
+    def run(self, arrays):
+        tried.append(len(arrays["x"]))
+        return {"y": np.maximum(arrays["x"] @ arrays["x"].T, 0)}
+
+    monkeypatch.setattr(Reference, "run", run)
+    monkeypatch.setattr("xform.pipeline.verify.time.monotonic", lambda: next(clock))
+    verifier = Verifier(model, inputs=inputs)
+    verifier.prepare()
+    assert tried == [40, 7, 1] and len(verifier.cases) == 3
+    assert "the optional sets before it took 8 s" in verifier._limits_told()[0]
+
+
 def test_a_file_earns_limits_by_its_weights(tmp_path):
     weight = np.random.default_rng(6).normal(size=(300, 300)).astype(np.float32)
     model = parse("g (float[n,300] x) => (float[n,300] y) { y = MatMul(x, w) }", w=weight)

@@ -12,6 +12,7 @@ and a claim of equality is made only where numbers were compared:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from xform import limits
 from xform.errors import LimitError
 from xform.graph.check import Interface
 from xform.pipeline.branches import Branch, Watch, attempts, branches, forced, in_words
@@ -39,6 +41,7 @@ UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | InputCase]
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
 _TOO_LARGE = "all that fit its sizes are too large to draw"
+_SHARE = 0.5  # of the limit "seconds" for one run, for all optional sets of the reference together
 _PAST_LIMIT = "past a limit"
 _MAX_TRIES = 24  # input sets proposed to a model that refuses some
 _MAX_NEW_CASES = 8  # input sets kept for the branches that they reach
@@ -82,6 +85,7 @@ class Verifier:
     _random: bool | None = field(default=None, init=False, repr=False)
     _asked: dict[int, InputCase] = field(default_factory=dict, init=False, repr=False)  # at sizes of the user, by id
     _left_out: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _spent: float = field(default=0.0, init=False, repr=False)  # seconds, on optional sets
     _too_slow: float = field(default=inf, init=False, repr=False)  # elements of the smallest set that took too long
     _judge: Judge = field(init=False, repr=False)
     _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
@@ -258,13 +262,18 @@ class Verifier:
 
     def _try_optional(self, reference: Reference, case: InputCase) -> str:
         """As `_try`, for an optional set: one that is past a limit is left out, and counted."""
-        if case.numel < self._too_slow:
+        if self._spent > _SHARE * limits.allowed("seconds", _bytes_of(self.model)):
+            self._left_out[str(case)] = f"the optional sets before it took {self._spent:.0f} s"
+        elif case.numel >= self._too_slow:
+            self._left_out[str(case)] = "a smaller one is past the limit 'seconds'"
+        else:
+            start = time.monotonic()
             try:
                 return self._try(reference, case)
             except LimitError as error:
                 self._leave_out(case, error)
-        else:
-            self._left_out[str(case)] = "a smaller one is past the limit 'seconds'"
+            finally:
+                self._spent += time.monotonic() - start
         return _PAST_LIMIT
 
     def _leave_out(self, case: InputCase, error: LimitError) -> None:
@@ -457,6 +466,10 @@ class Verifier:
             return False
         errors = self._judge.errors(case, first, second, "exact", excusable=False)
         return any(not error.agrees for error in errors)
+
+
+def _bytes_of(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _serves(case: InputCase, fidelity: Fidelity) -> bool:

@@ -79,9 +79,7 @@ class Builder:
         self.lossy.extend(
             f"{name} = {value!r} of {op_type} is not exact as an attribute, which is float32"
             for name, value in attributes.items()
-            if isinstance(value, float)
-            and not isinstance(value, Held)
-            and not _survives(value, computing_type(node))
+            if isinstance(value, float) and not isinstance(value, Held) and not _survives(value, computing_type(node))
         )
         self._opsets.setdefault(domain, 1)
         infer_node(node, self._opsets[domain])
