@@ -53,6 +53,8 @@ def lower(graph: ir.Model, options: LowerOptions) -> tuple[ir.Model, dict[str, i
     model.producer_name, model.producer_version = "xform", __version__
     if options.verbatim:
         _write_at_opset(model, options)
+        if options.portable:
+            _refuse_own(model)
         model.ir_version = min(model.ir_version, _IR_VERSION)
         return model, {}
     emitter = Emitter(model)

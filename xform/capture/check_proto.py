@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -264,8 +265,12 @@ def runtime_operators() -> frozenset[_Operator]:
     """(domain, operator) of everything beyond standard ONNX that the installed ONNX Runtime has a schema for."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    has = {(_domain(schema.domain), schema.name) for schema in state.get_all_operator_schema()}
-    return frozenset(has - _standard_operators())
+    newest: dict[_Operator, Any] = {}
+    for schema in state.get_all_operator_schema():
+        key = _domain(schema.domain), schema.name
+        if key not in newest or schema.since_version > newest[key].since_version:
+            newest[key] = schema
+    return frozenset({key for key, schema in newest.items() if not schema.deprecated} - _standard_operators())
 
 
 @functools.cache

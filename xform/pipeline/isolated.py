@@ -60,7 +60,8 @@ class Child:
         proto: The graph.
         lent: Arrays for the initializers that it leaves out, by name.
         threads: Intra-op threads.
-        timeout_s: Seconds for loading and for every single run.
+        timeout_s: Seconds for every single run.
+        load_timeout_s: Seconds for loading; `timeout_s` if it is not given.
         folder: Where its external data lies; None where it has none.
 
     Raises:
@@ -74,8 +75,9 @@ class Child:
         threads: int,
         timeout_s: float,
         folder: Path | None = None,
+        load_timeout_s: float | None = None,
     ) -> None:
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout_s if load_timeout_s is None else load_timeout_s
         self._data = folder
         self._folder = tempfile.TemporaryDirectory(prefix="xform-")
         self._names = _input_names(proto)
@@ -87,6 +89,7 @@ class Child:
             self._process = self._start(path, threads)
             self._answers = _read_lines(self._process)
             self._expect_ok()
+            self._timeout_s = timeout_s
         except BaseException:
             self.close()
             raise

@@ -85,7 +85,7 @@ class Session:
             self._output_names = [value.name for value in model.graph.output]
             newer = model.ir_version > _MAX_IR_VERSION
             model.ir_version = min(model.ir_version, _MAX_IR_VERSION)
-            self._brought = sum(map(_declared_bytes, model.graph.initializer))
+            self._brought = _stored_bytes(model, folder)
             self._path = path if not _widen_interface(model.graph) and not newer else None
             self._start(model, {}, threads)
             return
@@ -161,7 +161,7 @@ class Session:
     def _run_apart(self, feeds: Mapping[str, Any], seconds: float) -> list[Any]:
         """Run in a child process that the runtime may end."""
         assert self._proto is not None
-        child = Child(self._proto, self._lent, self._threads, max(seconds, _LOAD_S), self._folder)
+        child = Child(self._proto, self._lent, self._threads, seconds, self._folder, max(seconds, _LOAD_S))
         try:
             return child.run(feeds)
         finally:
@@ -306,10 +306,16 @@ def _aligned(array: Any) -> Any:
     return array if array.flags.aligned else array.copy()
 
 
-def _declared_bytes(tensor: onnx.TensorProto) -> int:
-    """What a stored tensor takes in memory. Capture has held it against the data that is there."""
-    kind = ir.DataType(tensor.data_type)
-    return 0 if kind is ir.DataType.STRING else prod(tensor.dims) * max(kind.bitwidth, 8) // 8
+def _stored_bytes(proto: onnx.ModelProto, folder: Path | None) -> int:
+    """What a model's weights take. Tensors may overlap in data files, so these count by their sizes."""
+    stored = 0
+    files: set[str] = set()
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            files.update(entry.value for entry in tensor.external_data if entry.key == "location")
+        elif tensor.data_type != onnx.TensorProto.STRING:
+            stored += prod(tensor.dims) * max(ir.DataType(tensor.data_type).bitwidth, 8) // 8
+    return stored + sum((folder / name).stat().st_size for name in files if folder is not None)
 
 
 def _widened(name: str) -> str:

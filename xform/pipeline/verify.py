@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,8 @@ class Verifier:
     _asked: dict[int, InputCase] = field(default_factory=dict, init=False, repr=False)  # at sizes of the user, by id
     _left_out: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _spent: float = field(default=0.0, init=False, repr=False)  # seconds, on optional sets
-    _too_slow: float = field(default=inf, init=False, repr=False)  # elements of the smallest set that took too long
+    _dropped: dict[int, InputCase] = field(default_factory=dict, init=False, repr=False)  # by id
+    _out_of_time: bool = field(default=False, init=False, repr=False)
     _judge: Judge = field(init=False, repr=False)
     _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
     _to_force: dict[Branch, list[tuple[InputCase, Outputs]]] = field(default_factory=dict, init=False, repr=False)
@@ -122,10 +122,12 @@ class Verifier:
         self.prepare()
         if self.unverifiable:
             return self._verdict("unverified", self.unverifiable)
+        cases = self.cases_for(fidelity)
         try:
-            results = self._run(candidate, self.cases_for(fidelity))
+            results = self._run(candidate, cases)
         except CouldNotRunError as error:
             return self._verdict("failed", f"the captured model runs and the rewritten one does not: {error.what}")
+        results = [found for case, found in zip(cases, results, strict=True) if id(case) not in self._dropped]
         narrower = computed_in(candidate) if fidelity != "exact" else None  # what it computes in is part of what it is
         verdict = self.judge(results, fidelity, narrower)
         return self._in_forced_branches(candidate, fidelity, verdict) if verdict.ok else verdict
@@ -136,18 +138,22 @@ class Verifier:
         other = replace(self, tolerance=tolerance)
         other._judge = Judge(self.model, tolerance, self.seed)
         other._left, other._to_force = self._left, self._to_force
-        other._left_out, other._too_slow, other._asked = self._left_out, self._too_slow, self._asked
+        other._left_out, other._dropped, other._asked = self._left_out, self._dropped, self._asked
         return other
 
     def cases_for(self, fidelity: Fidelity) -> list[InputCase]:
         """The input sets on which rewrites of this fidelity are compared: approximations are spared extreme values."""
-        return [case for case in self.cases if _serves(case, fidelity)]
+        return [case for case in self.cases if self._serves(case, fidelity)]
+
+    def _serves(self, case: InputCase, fidelity: Fidelity) -> bool:
+        return (fidelity == "exact" or not case.extreme) and id(case) not in self._dropped
 
     def _run(self, candidate: ir.Model, cases: Sequence[InputCase]) -> list[Outputs | None]:
         """What a graph gives; None on what may be left out.
 
         That is an empty batch where it refuses that, as operators that stand in between may, and an optional set on
-        which it is past a limit: the graph has sizes to look at beforehand, which the reference may not have.
+        which it is past a limit: the graph has sizes to look at beforehand, which the reference may not have. Such sets
+        are left out of all that follows.
         """
         try:
             return list(self.execute(candidate, [case.arrays for case in cases]))
@@ -162,8 +168,24 @@ class Verifier:
             if len(cases) == 1:
                 self._leave_out(cases[0], error)
                 return [None]
+            if error.limit == "seconds":
+                return self._run_what_is_quick(candidate, cases)
         middle = len(cases) // 2  # halves, so that one load serves many sets
         return self._run(candidate, cases[:middle]) + self._run(candidate, cases[middle:])
+
+    def _run_what_is_quick(self, candidate: ir.Model, cases: Sequence[InputCase]) -> list[Outputs | None]:
+        """As `_run`, the sets that the user asked for first and then the others by size, up to the first slow one."""
+        found: dict[int, Outputs | None] = {}
+        slow = False
+        for case in sorted(cases, key=lambda case: (self._is_optional(case), case.numel)):
+            if slow:
+                self._left_out[str(case)] = "a set before it is past the limit 'seconds'"
+                self._dropped[id(case)] = case
+                found[id(case)] = None
+                continue
+            (found[id(case)],) = self._run(candidate, [case])
+            slow = id(case) in self._dropped
+        return [found[id(case)] for case in cases]
 
     def judge(
         self,
@@ -181,11 +203,14 @@ class Verifier:
         Raises:
             UsageError: The user's tolerance does not fit.
         """
-        chosen = [pair for pair in zip(self.cases, self.references, strict=True) if _serves(pair[0], fidelity)]
+        chosen = [pair for pair in zip(self.cases, self.references, strict=True) if self._serves(pair[0], fidelity)]
         errors: list[OutputError] = []
         for (case, reference), found in zip(chosen, results, strict=True):
             if found is not None:
                 errors += self._judge.errors(case, reference, found, fidelity, precision)
+        compared = [reference for (_, reference), found in zip(chosen, results, strict=True) if found is not None]
+        if self._left_out and any(map(_has_numbers, self.references)) and not any(map(_has_numbers, compared)):
+            return self._verdict("unverified", "all inputs but empty ones are past a limit", errors)
         if results and all(found is None for found in results):
             return self._verdict("unverified", "the result takes none of the inputs, which are all empty")
         if all(error.agrees for error in errors):
@@ -231,7 +256,7 @@ class Verifier:
                     break
                 if self.cases and case.source not in ("random", "given"):
                     break  # other values are for models that took none of the typical ones
-                if self.inputs is not None and not isinstance(self.inputs, Mapping):
+                if not self.cases or self.inputs or self.sizes:
                     self._asked[id(case)] = case
                 asked_for = not self.cases or not self._is_optional(case)
                 why = self._try(reference, case) if asked_for else self._try_optional(reference, case)
@@ -264,8 +289,8 @@ class Verifier:
         """As `_try`, for an optional set: one that is past a limit is left out, and counted."""
         if self._spent > _SHARE * limits.allowed("seconds", _bytes_of(self.model)):
             self._left_out[str(case)] = f"the optional sets before it took {self._spent:.0f} s"
-        elif case.numel >= self._too_slow:
-            self._left_out[str(case)] = "a smaller one is past the limit 'seconds'"
+        elif self._out_of_time:
+            self._left_out[str(case)] = "a set before it is past the limit 'seconds'"
         else:
             start = time.monotonic()
             try:
@@ -277,10 +302,10 @@ class Verifier:
         return _PAST_LIMIT
 
     def _leave_out(self, case: InputCase, error: LimitError) -> None:
-        """Remember why a set is left out. What takes too long does so at larger sizes too."""
+        """Remember why an optional set is left out. Where one takes too long, no more of them are run."""
         self._left_out.setdefault(str(case), error.what)
-        if error.limit == "seconds":
-            self._too_slow = min(self._too_slow, case.numel)
+        self._dropped[id(case)] = case
+        self._out_of_time = self._out_of_time or error.limit == "seconds"
 
     def _is_optional(self, case: InputCase) -> bool:
         """Whether the user did not ask for a set: neither gave it, nor sizes for it."""
@@ -341,10 +366,9 @@ class Verifier:
                 return set() if watched is None else watch.reached(watched.run(case.arrays)) - reached
             except CouldNotRunError:  # the model refuses this set, which is what a search meets
                 return set()
-            except LimitError as error:
-                if not self._is_optional(case):
-                    raise
-                self._leave_out(case, error)
+            except LimitError as error:  # more is computed here than in the run that was within them
+                self._out_of_time = self._out_of_time or error.limit == "seconds"
+                self.notes.append(f"which branches {case} goes through could not be seen: {error.what}")
                 return set()
 
         with watched or nullcontext():
@@ -358,7 +382,7 @@ class Verifier:
             for case in attempts(self.model, replace(base, source=source)):
                 if len(reached) == len(every) or kept == _MAX_NEW_CASES:
                     break
-                found = new(case) if case.numel < self._too_slow else set()
+                found = set() if self._out_of_time else new(case)
                 if found and not self._try_optional(reference, case):
                     reached |= found
                     kept += 1
@@ -366,7 +390,7 @@ class Verifier:
         self.coverage = replace(self.coverage, branches=len(every), reached=len(every) - len(left))
         self._left = frozenset(left)
         for branch in every:
-            if branch not in usual:
+            if branch not in usual and not self._out_of_time:
                 self._to_force[branch] = self._forced_references(branch)
 
     def _forced_references(self, branch: Branch) -> list[tuple[InputCase, Outputs]]:
@@ -383,24 +407,24 @@ class Verifier:
         except CouldNotRunError:
             return []
         except LimitError as error:  # the way that no input goes may be the long one
-            self._leave_out(case, error)
+            self._out_of_time = self._out_of_time or error.limit == "seconds"
+            self.notes.append(f"{in_words(self.model, branch)} could not be tried by force: {error.what}")
         return found
 
     def _in_forced_branches(self, candidate: ir.Model, fidelity: Fidelity, verdict: Verification) -> Verification:
         """Compare branches that no input reached, their conditions replaced by constants in both graphs."""
-        unreached, done = [], 0
+        unreached, done = [in_words(self.model, branch) for branch in self._left if branch not in self._to_force], 0
         narrower = computed_in(candidate) if fidelity != "exact" else None
         for branch, pairs in self._to_force.items():
             model = forced(candidate, branch) if pairs else None
-            chosen = [pair for pair in pairs if _serves(pair[0], fidelity)]
+            chosen = [pair for pair in pairs if self._serves(pair[0], fidelity)]
             if model is None or not chosen:
                 unreached += [in_words(self.model, branch)] if branch in self._left else []
                 continue
             try:
                 results = self.execute(model, [case.arrays for case, _ in chosen])
-            except LimitError as error:  # nobody asked for going this way
-                self._leave_out(chosen[0][0], error)
-                unreached += [in_words(self.model, branch)] if branch in self._left else []
+            except LimitError:  # nobody asked for going this way
+                unreached.append(in_words(self.model, branch))
                 continue
             except CouldNotRunError as error:
                 return self._verdict(
@@ -472,8 +496,9 @@ def _bytes_of(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def _serves(case: InputCase, fidelity: Fidelity) -> bool:
-    return fidelity == "exact" or not case.extreme
+def _has_numbers(outputs: Outputs) -> bool:
+    """Whether there is anything to compare: a number, or what is no array."""
+    return any(not isinstance(value, np.ndarray) or value.size for value in outputs.values())
 
 
 def verify(
