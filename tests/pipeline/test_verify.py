@@ -313,6 +313,11 @@ def test_optional_sets_on_which_a_candidate_is_slow_are_left_out_after_one_try()
     verifier = Verifier(model, inputs=inputs, execute=execute)
     found = verifier.compare(model)
     assert found.ok and any("past a limit" in note for note in found.notes)
+    assert found.cases == (
+        "given inputs with n=4",
+        "derived inputs with n=1",
+        "derived inputs with n=0; an empty batch",
+    )
     first = len(ran)
     assert verifier.compare(model).ok and len(ran) == first + 1  # what was slow is not asked again
     assert {case.sizes.get("n", 4) for case in verifier.cases_for("exact")} == {0, 1, 4}

@@ -235,6 +235,8 @@ class Verifier:
         return self.compare(self.model)
 
     def _verdict(self, state: State, reason: str, errors: Sequence[OutputError] = (), *notes: str) -> Verification:
+        if self._dropped:
+            self._cover()
         told = dict.fromkeys((*self.notes, *self._judge.notes, *self._limits_told(), *notes))
         return Verification(state, reason, tuple(errors), tuple(told), self.coverage)
 
@@ -447,9 +449,10 @@ class Verifier:
 
     def _cover(self) -> None:
         """Say on what verdicts rest."""
-        sources = [case.source.partition(" ")[0] for case in self.cases]
+        cases = [case for case in self.cases if id(case) not in self._dropped]
+        sources = [case.source.partition(" ")[0] for case in cases]
         numbers: dict[str, set[int]] = {}
-        for case in self.cases:
+        for case in cases:
             for symbol, size in case.sizes.items():
                 numbers.setdefault(symbol.lstrip("?"), set()).add(size)
         self.coverage = replace(
@@ -457,9 +460,9 @@ class Verifier:
             given=sources.count("given"),
             derived=sources.count("derived"),
             random=sources.count("random"),
-            cases=tuple(str(case) for case in self.cases),
+            cases=tuple(str(case) for case in cases),
             sizes=tuple(f"{symbol}: {', '.join(map(str, sorted(found)))}" for symbol, found in numbers.items()),
-            masks=tuple(dict.fromkeys(style for case in self.cases for style in case.masks)),
+            masks=tuple(dict.fromkeys(style for case in cases for style in case.masks)),
         )
 
     def _informative(self) -> bool:
