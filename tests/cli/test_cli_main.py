@@ -85,17 +85,19 @@ def test_ctrl_c_ends_with_130(xform: Callable[..., object], monkeypatch: pytest.
     assert xform("doctor").code == 130
 
 
-def test_a_command_that_is_terminated_says_so_in_its_document(
-    xform: Callable[..., object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def terminated(context: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
-
-    monkeypatch.setattr("xform.cli.doctor.session_of", terminated)
-    run = xform("doctor", "--json")
-    assert run.code == run.json["exit_code"] == 143
-    assert run.json["error"]["kind"] == "terminated"
+def test_a_command_that_is_terminated_says_so_in_its_document() -> None:
+    code = (
+        "import os, signal, sys, time, xform.cli, xform.cli.doctor\n"
+        "def terminated(context):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(10)\n"
+        "xform.cli.doctor.session_of = terminated\n"
+        "sys.exit(xform.cli.main(['doctor', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
+    document = json.loads(done.stdout)
+    assert done.returncode == document["exit_code"] == 143
+    assert document["error"]["kind"] == "terminated"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
