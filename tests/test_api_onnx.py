@@ -353,6 +353,19 @@ def test_a_norm_whose_statistics_are_read_stays_and_is_not_portable() -> None:
     assert caught.value.where == ("norm",)
 
 
+def test_a_rule_that_needs_a_dtype_that_nobody_knows_is_missed() -> None:
+    model = runtime_norm("norm out", "deviation")  # whose type ONNX cannot infer
+    model.graph.output[0].name = "y"
+    quick = onnx.helper.make_node("QuickGelu", ["norm out"], ["y"], "quick", domain="com.microsoft", alpha=1.702)
+    model.graph.node.append(quick)
+    model.opset_import.add(domain="com.microsoft", version=1)
+    result = xform.optimize(model)
+    assert result.report.verification.passed
+    assert not [r for r in result.report.remarks if r.verdict == "rolled_back"]
+    missed = [r.reason for r in result.report.remarks if r.rule == "quick_gelu" and r.verdict == "missed"]
+    assert missed and "dtype of norm out is not known" in missed[0]
+
+
 def test_a_result_is_portable_or_refused() -> None:
     values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", 4, 4]) for n in "xy"]
     node = onnx.helper.make_node("Inverse", ["x"], ["y"], "inverse", domain="com.microsoft")

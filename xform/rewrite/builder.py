@@ -24,7 +24,7 @@ _LOSSLESS = 1e-11  # relative, among float64 operands
 
 
 class UnknownRankError(Exception):
-    """A replacement cannot be written, because the rank of one of its operands is not known."""
+    """A replacement cannot be written, because the rank or the dtype of one of its operands is not known."""
 
 
 class Builder:
@@ -65,8 +65,14 @@ class Builder:
             inputs: Values; arrays become initializers; numbers become rank-0 initializers of the first value's
                 dtype; sequences of ints become int64 initializers; None omits an optional input.
             attributes: Python values; None leaves the attribute out.
+
+        Raises:
+            UnknownRankError: There is a number, and the value whose dtype it takes has none that is known.
         """
         like = next((i.dtype for i in inputs if isinstance(i, ir.Value)), None)
+        untyped = next((i for i in inputs if isinstance(i, ir.Value)), None)
+        if like is None and untyped is not None and any(isinstance(i, bool | int | float) for i in inputs):
+            raise UnknownRankError(f"the dtype of {untyped.name or 'a value'} is not known")
         values = [self._input(i, like) for i in inputs]
         while values and values[-1] is None:
             values.pop()
