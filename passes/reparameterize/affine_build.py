@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xform.graph.rounding import rounding_loss
-from xform.graph.values import Array, attribute, is_op, rank_of
+from xform.graph.values import Array, attribute, is_op, rank_of, shape_of
 from xform.passes.reparameterize.affine_map import AffineMap
 from xform.passes.reparameterize.affine_region import Region, Term, as_product, factor_and_shift
 from xform.passes.reparameterize.channel_path import rebuild
@@ -38,7 +38,14 @@ def _has_operator(term: Term) -> bool:
         return True
     if as_product(term):
         return term.axis == rank - 1 and part.window.rank == 0 and part.group == 1
+    if part.window.rank == 0 and not _is_never_empty(term.source):
+        return False
     return part.window.rank in (0, rank - 2) and (not part.transposed or _output_padding(part) is not None)
+
+
+def _is_never_empty(source: ir.Value) -> bool:
+    """Whether a convolution takes the axes behind the channels: products take sizes of 0, its kernels do not."""
+    return all(isinstance(size, int) and size > 0 for size in (shape_of(source) or (None, None, None))[2:])
 
 
 def build(region: Region, build: Builder) -> list[ir.Value] | Problem:

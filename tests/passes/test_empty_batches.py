@@ -61,6 +61,12 @@ CASES: dict[str, tuple[str, Mapping[str, np.ndarray], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("sizes", [{"N": 2}, {"N": 0}])
+def test_products_over_an_axis_that_may_be_empty_become_no_convolution(sizes: Mapping[str, int]) -> None:
+    """Their kernels take no spatial size of 0."""
+    _same_as_before(MOVED, sizes)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_empty_batch_runs(name: str) -> None:
     text, constants, shape = CASES[name]
@@ -80,6 +86,12 @@ def test_a_computed_target_that_merges_what_follows_becomes_flatten() -> None:
     assert run(result, {"x": numbers(0, *shape)})[0].shape == (0, 18)
 
 
+MOVED = """g (float[N,4,5] x) => (float[N,4,3] y)
+    <float[5,6] v = {0.5,-1,2,1,3,-2, 1,0.3,-2,1,0.7,2, 3,1,-1,0.2,1,1, -1,2,0.4,1,-3,1, 2,-1,1,3,0.6,-1},
+     float[6,3] w = {1,-0.5,2, 0.3,1,-1, 2,1,0.7, -1,3,1, 0.4,-2,1, 1,1,-3},
+     float[6] c = {1,-1,0.5,2,0.3,-2}, float[6] d = {2,1,-1,0.5,3,1}, float[3] f = {0.2,-1,1}> {
+    s = Transpose<perm = [1, 2, 0]>(x)  r = Relu(s)  t = Transpose<perm = [2, 0, 1]>(r)
+    a = MatMul(t, v)  b = Add(a, c)  m = Mul(b, d)  e = MatMul(m, w)  y = Add(e, f) }"""
 FIVE_AXES = """g (float[N,2,3,4,8] q, float[N,2,3,8,T] k, float[N,2,3,T,8] v) => (float[N,2,3,4,8] y) {
     a = MatMul(q, k)  p = Softmax<axis = -1>(a)  y = MatMul(p, v) }"""
 CHAINED = """g (float[N,4,1,4] q, float[N,4,4,T] k, float[N,4,T,4] v, float[N,4,4,T] l, float[N,4,T,4] w)
