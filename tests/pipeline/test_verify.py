@@ -353,11 +353,11 @@ def test_optional_sets_share_the_time_of_half_a_run(monkeypatch):
         return {"y": np.maximum(arrays["x"] @ arrays["x"].T, 0)}
 
     monkeypatch.setattr(Reference, "run", run)
-    monkeypatch.setattr("xform.pipeline.verify.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("xform.pipeline.optional_sets.time.monotonic", lambda: next(clock))
     verifier = Verifier(model, inputs=inputs)
     verifier.prepare()
     assert tried == [40, 7, 1] and len(verifier.cases) == 3
-    assert "the optional sets before it took 8 s" in verifier._limits_told()[0]
+    assert "the optional sets before it took 8 s" in verifier._optional.told()[0]
 
 
 def test_a_file_earns_limits_by_its_weights(tmp_path):

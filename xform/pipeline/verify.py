@@ -12,21 +12,21 @@ and a claim of equality is made only where numbers were compared:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from xform import limits
 from xform.errors import LimitError
 from xform.graph.check import Interface
 from xform.pipeline.branches import Branch, Watch, attempts, branches, forced, in_words
 from xform.pipeline.judge import Judge
+from xform.pipeline.optional_sets import PAST_LIMIT, OptionalSets
 from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs
 from xform.pipeline.random_inputs import InputCase, candidate_cases, check_named, is_dynamic, required_inputs
 from xform.pipeline.reference import Execute, Reference, run_anywhere
@@ -40,8 +40,6 @@ UserInputs = Mapping[str, Any] | Sequence[Mapping[str, Any] | InputCase]
 _CASES_STATIC = 1
 _CASES_DYNAMIC = 2
 _TOO_LARGE = "all that fit its sizes are too large to draw"
-_SHARE = 0.5  # of the limit "seconds" for one run, for all optional sets of the reference together
-_PAST_LIMIT = "past a limit"
 _MAX_TRIES = 24  # input sets proposed to a model that refuses some
 _MAX_NEW_CASES = 8  # input sets kept for the branches that they reach
 
@@ -82,11 +80,7 @@ class Verifier:
     prepared: bool = False
     coverage: Coverage = field(default_factory=Coverage)
     _random: bool | None = field(default=None, init=False, repr=False)
-    _asked: dict[int, InputCase] = field(default_factory=dict, init=False, repr=False)  # at sizes of the user, by id
-    _left_out: dict[str, str] = field(default_factory=dict, init=False, repr=False)
-    _spent: float = field(default=0.0, init=False, repr=False)  # seconds, on optional sets
-    _dropped: dict[int, InputCase] = field(default_factory=dict, init=False, repr=False)  # by id
-    _out_of_time: bool = field(default=False, init=False, repr=False)
+    _optional: OptionalSets = field(init=False, repr=False)
     _judge: Judge = field(init=False, repr=False)
     _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
     _to_force: dict[Branch, list[tuple[InputCase, Outputs]]] = field(default_factory=dict, init=False, repr=False)
@@ -101,6 +95,7 @@ class Verifier:
             return
         self.prepared = True
         self._judge = Judge(self.model, self.tolerance, self.seed)
+        self._optional = OptionalSets(self.model)
         try:
             with Reference(self.model, self.oracle) as reference:
                 self.coverage = replace(self.coverage, oracle=reference.name)
@@ -127,7 +122,7 @@ class Verifier:
             results = self._run(candidate, cases)
         except CouldNotRunError as error:
             return self._verdict("failed", f"the captured model runs and the rewritten one does not: {error.what}")
-        results = [found for case, found in zip(cases, results, strict=True) if id(case) not in self._dropped]
+        results = [found for case, found in zip(cases, results, strict=True) if not self._optional.dropped(case)]
         narrower = computed_in(candidate) if fidelity != "exact" else None  # what it computes in is part of what it is
         verdict = self.judge(results, fidelity, narrower)
         return self._in_forced_branches(candidate, fidelity, verdict) if verdict.ok else verdict
@@ -138,7 +133,7 @@ class Verifier:
         other = replace(self, tolerance=tolerance)
         other._judge = Judge(self.model, tolerance, self.seed)
         other._left, other._to_force = self._left, self._to_force
-        other._left_out, other._dropped, other._asked = self._left_out, self._dropped, self._asked
+        other._optional = self._optional
         return other
 
     def cases_for(self, fidelity: Fidelity) -> list[InputCase]:
@@ -146,7 +141,7 @@ class Verifier:
         return [case for case in self.cases if self._serves(case, fidelity)]
 
     def _serves(self, case: InputCase, fidelity: Fidelity) -> bool:
-        return (fidelity == "exact" or not case.extreme) and id(case) not in self._dropped
+        return (fidelity == "exact" or not case.extreme) and not self._optional.dropped(case)
 
     def _run(self, candidate: ir.Model, cases: Sequence[InputCase]) -> list[Outputs | None]:
         """What a graph gives; None on what may be left out.
@@ -163,10 +158,10 @@ class Verifier:
             if len(cases) == 1:
                 return [None]  # what is made of the graph is asked again
         except LimitError as error:
-            if not any(map(self._is_optional, cases)):
+            if not any(map(self._optional.holds, cases)):
                 raise
             if len(cases) == 1:
-                self._leave_out(cases[0], error)
+                self._optional.past(cases[0], error)
                 return [None]
             if error.limit == "seconds":
                 return self._run_what_is_quick(candidate, cases)
@@ -177,14 +172,13 @@ class Verifier:
         """As `_run`, the sets that the user asked for first and then the others by size, up to the first slow one."""
         found: dict[int, Outputs | None] = {}
         slow = False
-        for case in sorted(cases, key=lambda case: (self._is_optional(case), case.numel)):
+        for case in sorted(cases, key=lambda case: (self._optional.holds(case), case.numel)):
             if slow:
-                self._left_out[str(case)] = "a set before it is past the limit 'seconds'"
-                self._dropped[id(case)] = case
+                self._optional.drop(case, "a set before it is past the limit 'seconds'")
                 found[id(case)] = None
                 continue
             (found[id(case)],) = self._run(candidate, [case])
-            slow = id(case) in self._dropped
+            slow = self._optional.dropped(case)
         return [found[id(case)] for case in cases]
 
     def judge(
@@ -209,7 +203,11 @@ class Verifier:
             if found is not None:
                 errors += self._judge.errors(case, reference, found, fidelity, precision)
         compared = [reference for (_, reference), found in zip(chosen, results, strict=True) if found is not None]
-        if self._left_out and any(map(_has_numbers, self.references)) and not any(map(_has_numbers, compared)):
+        if (
+            self._optional.any_left_out
+            and any(map(_has_numbers, self.references))
+            and not any(map(_has_numbers, compared))
+        ):
             return self._verdict("unverified", "all inputs but empty ones are past a limit", errors)
         if results and all(found is None for found in results):
             return self._verdict("unverified", "the result takes none of the inputs, which are all empty")
@@ -235,17 +233,9 @@ class Verifier:
         return self.compare(self.model)
 
     def _verdict(self, state: State, reason: str, errors: Sequence[OutputError] = (), *notes: str) -> Verification:
-        if self._dropped:
-            self._cover()
-        told = dict.fromkeys((*self.notes, *self._judge.notes, *self._limits_told(), *notes))
+        self._cover()
+        told = dict.fromkeys((*self.notes, *self._judge.notes, *self._optional.told(), *notes))
         return Verification(state, reason, tuple(errors), tuple(told), self.coverage)
-
-    def _limits_told(self) -> tuple[str, ...]:
-        if not self._left_out:
-            return ()
-        case, why = next(iter(self._left_out.items()))
-        more = len(self._left_out) - 1
-        return (f"{case} was left out{f', and {more} more' if more else ''}, as that is past a limit: {why}",)
 
     def _collect(self, reference: Reference) -> None:
         """Run the reference on proposed inputs until enough have worked, then on what is made from the first ones."""
@@ -259,11 +249,11 @@ class Verifier:
                 if self.cases and case.source not in ("random", "given"):
                     break  # other values are for models that took none of the typical ones
                 if not self.cases or self.inputs or self.sizes:
-                    self._asked[id(case)] = case
-                asked_for = not self.cases or not self._is_optional(case)
-                why = self._try(reference, case) if asked_for else self._try_optional(reference, case)
+                    self._optional.ask(case)
+                take = partial(self._try, reference)
+                why = self._optional.attempt(case, take) if self._optional.holds(case) else take(case)
                 kept = given if not why and len(self.cases) == 1 else kept
-                if why and why != _PAST_LIMIT:
+                if why and why != PAST_LIMIT:
                     refused = refused or why
                     self.notes.append(f"the model does not take {case}: {why}")
         if not self.cases:
@@ -286,32 +276,6 @@ class Verifier:
         self.cases.append(case)
         self.references.append(outputs)
         return ""
-
-    def _try_optional(self, reference: Reference, case: InputCase) -> str:
-        """As `_try`, for an optional set: one that is past a limit is left out, and counted."""
-        if self._spent > _SHARE * limits.allowed("seconds", _bytes_of(self.model)):
-            self._left_out[str(case)] = f"the optional sets before it took {self._spent:.0f} s"
-        elif self._out_of_time:
-            self._left_out[str(case)] = "a set before it is past the limit 'seconds'"
-        else:
-            start = time.monotonic()
-            try:
-                return self._try(reference, case)
-            except LimitError as error:
-                self._leave_out(case, error)
-            finally:
-                self._spent += time.monotonic() - start
-        return _PAST_LIMIT
-
-    def _leave_out(self, case: InputCase, error: LimitError) -> None:
-        """Remember why an optional set is left out. Where one takes too long, no more of them are run."""
-        self._left_out.setdefault(str(case), error.what)
-        self._dropped[id(case)] = case
-        self._out_of_time = self._out_of_time or error.limit == "seconds"
-
-    def _is_optional(self, case: InputCase) -> bool:
-        """Whether the user did not ask for a set: neither gave it, nor sizes for it."""
-        return case.source != "given" and id(case) not in self._asked
 
     def _proposals(self) -> Iterator[tuple[Iterator[InputCase], int, dict[str, Any]]]:
         """Streams of candidates, how many sets are wanted of each, and what in them the user gave."""
@@ -337,17 +301,17 @@ class Verifier:
         refused = []
         for forms in stress.cases():
             for case in forms:
-                why = self._try_optional(reference, case)
+                why = self._optional.attempt(case, partial(self._try, reference))
                 if not why:
                     break
-            if why and why != _PAST_LIMIT:
+            if why and why != PAST_LIMIT:
                 refused.append(str(case))
         if base.source == "given" and not self.sizes:
             for case in stress.resized():
-                why = self._try_optional(reference, case)
+                why = self._optional.attempt(case, partial(self._try, reference))
                 if not why:
                     break
-                refused += [str(case)] if why != _PAST_LIMIT else []
+                refused += [str(case)] if why != PAST_LIMIT else []
         self.coverage = replace(self.coverage, refused=tuple(refused))
 
     def _branch_out(self, reference: Reference) -> None:
@@ -369,7 +333,7 @@ class Verifier:
             except CouldNotRunError:  # the model refuses this set, which is what a search meets
                 return set()
             except LimitError as error:  # more is computed here than in the run that was within them
-                self._out_of_time = self._out_of_time or error.limit == "seconds"
+                self._optional.slow(error)
                 self.notes.append(f"which branches {case} goes through could not be seen: {error.what}")
                 return set()
 
@@ -384,15 +348,15 @@ class Verifier:
             for case in attempts(self.model, replace(base, source=source)):
                 if len(reached) == len(every) or kept == _MAX_NEW_CASES:
                     break
-                found = set() if self._out_of_time else new(case)
-                if found and not self._try_optional(reference, case):
+                found = set() if self._optional.out_of_time else new(case)
+                if found and not self._optional.attempt(case, partial(self._try, reference)):
                     reached |= found
                     kept += 1
         left = [branch for branch in every if branch not in reached]
         self.coverage = replace(self.coverage, branches=len(every), reached=len(every) - len(left))
         self._left = frozenset(left)
         for branch in every:
-            if branch not in usual and not self._out_of_time:
+            if branch not in usual and not self._optional.out_of_time:
                 self._to_force[branch] = self._forced_references(branch)
 
     def _forced_references(self, branch: Branch) -> list[tuple[InputCase, Outputs]]:
@@ -409,7 +373,7 @@ class Verifier:
         except CouldNotRunError:
             return []
         except LimitError as error:  # the way that no input goes may be the long one
-            self._out_of_time = self._out_of_time or error.limit == "seconds"
+            self._optional.slow(error)
             self.notes.append(f"{in_words(self.model, branch)} could not be tried by force: {error.what}")
         return found
 
@@ -449,7 +413,7 @@ class Verifier:
 
     def _cover(self) -> None:
         """Say on what verdicts rest."""
-        cases = [case for case in self.cases if id(case) not in self._dropped]
+        cases = [case for case in self.cases if not self._optional.dropped(case)]
         sources = [case.source.partition(" ")[0] for case in cases]
         numbers: dict[str, set[int]] = {}
         for case in cases:
@@ -493,10 +457,6 @@ class Verifier:
             return False
         errors = self._judge.errors(case, first, second, "exact", excusable=False)
         return any(not error.agrees for error in errors)
-
-
-def _bytes_of(model: ir.Model) -> int:
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def _has_numbers(outputs: Outputs) -> bool:
