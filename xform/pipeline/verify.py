@@ -13,7 +13,7 @@ and a claim of equality is made only where numbers were compared:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,8 @@ import onnx_ir as ir
 
 from xform.errors import LimitError
 from xform.graph.check import Interface
-from xform.pipeline.branches import Branch, Watch, attempts, branches, forced, in_words
+from xform.pipeline.branches import Branch, Watch, attempts, branches, in_words
+from xform.pipeline.forced_branches import ForcedBranches
 from xform.pipeline.judge import Judge
 from xform.pipeline.optional_sets import PAST_LIMIT, OptionalSets
 from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs
@@ -82,8 +83,7 @@ class Verifier:
     _random: bool | None = field(default=None, init=False, repr=False)
     _optional: OptionalSets = field(init=False, repr=False)
     _judge: Judge = field(init=False, repr=False)
-    _left: frozenset[Branch] = field(default_factory=frozenset, init=False, repr=False)
-    _to_force: dict[Branch, list[tuple[InputCase, Outputs]]] = field(default_factory=dict, init=False, repr=False)
+    _forced: ForcedBranches = field(init=False, repr=False)
 
     def prepare(self) -> None:
         """Compute the reference numbers, once; on failure `unverifiable` says why.
@@ -96,6 +96,7 @@ class Verifier:
         self.prepared = True
         self._judge = Judge(self.model, self.tolerance, self.seed)
         self._optional = OptionalSets(self.model)
+        self._forced = ForcedBranches(self.model, self.seed)
         try:
             with Reference(self.model, self.oracle) as reference:
                 self.coverage = replace(self.coverage, oracle=reference.name)
@@ -132,8 +133,7 @@ class Verifier:
         self.prepare()
         other = replace(self, tolerance=tolerance)
         other._judge = Judge(self.model, tolerance, self.seed)
-        other._left, other._to_force = self._left, self._to_force
-        other._optional = self._optional
+        other._optional, other._forced = self._optional, self._forced
         return other
 
     def cases_for(self, fidelity: Fidelity) -> list[InputCase]:
@@ -354,62 +354,24 @@ class Verifier:
                     kept += 1
         left = [branch for branch in every if branch not in reached]
         self.coverage = replace(self.coverage, branches=len(every), reached=len(every) - len(left))
-        self._left = frozenset(left)
+        self._forced.left = frozenset(left)
         for branch in every:
-            if branch not in usual and not self._optional.out_of_time:
-                self._to_force[branch] = self._forced_references(branch)
-
-    def _forced_references(self, branch: Branch) -> list[tuple[InputCase, Outputs]]:
-        """What the captured model gives where it always goes this way, on the sets that it then takes."""
-        model = forced(self.model, branch)
-        found: list[tuple[InputCase, Outputs]] = []
-        if model is None:
-            return found
-        try:
-            with Reference(model, None) as runner:
-                for case in self.cases:
-                    with suppress(CouldNotRunError):  # shapes that only go the other way
-                        found.append((case, runner.run(case.arrays)))
-        except CouldNotRunError:
-            return []
-        except LimitError as error:  # the way that no input goes may be the long one
-            self._optional.slow(error)
-            self.notes.append(f"{in_words(self.model, branch)} could not be tried by force: {error.what}")
-        return found
+            past = None if branch in usual or self._optional.out_of_time else self._forced.force(branch, self.cases)
+            if past is not None:
+                self._optional.slow(past)
+                self.notes.append(f"{in_words(self.model, branch)} could not be tried by force: {past.what}")
 
     def _in_forced_branches(self, candidate: ir.Model, fidelity: Fidelity, verdict: Verification) -> Verification:
-        """Compare branches that no input reached, their conditions replaced by constants in both graphs."""
-        unreached, done = [in_words(self.model, branch) for branch in self._left if branch not in self._to_force], 0
+        """The verdict with what forcing found; see `ForcedBranches`."""
         narrower = computed_in(candidate) if fidelity != "exact" else None
-        for branch, pairs in self._to_force.items():
-            model = forced(candidate, branch) if pairs else None
-            chosen = [pair for pair in pairs if self._serves(pair[0], fidelity)]
-            if model is None or not chosen:
-                unreached += [in_words(self.model, branch)] if branch in self._left else []
-                continue
-            try:
-                results = self.execute(model, [case.arrays for case, _ in chosen])
-            except LimitError:  # nobody asked for going this way
-                unreached.append(in_words(self.model, branch))
-                continue
-            except CouldNotRunError as error:
-                return self._verdict(
-                    "failed", f"{in_words(self.model, branch)} runs in the captured model only: {error.what}"
-                )
-            judge = Judge(forced(self.model, branch) or self.model, self.tolerance, self.seed)
-            for (case, expected), found in zip(chosen, results, strict=True):
-                errors = judge.errors(case, expected, found, fidelity, narrower)
-                wrong = next((error for error in errors if not error.agrees and not error.noisy), None)
-                if wrong is not None:
-                    reason = (
-                        f"output {wrong.output!r} in {in_words(self.model, branch)} on {wrong.inputs}: {wrong.reason}"
-                    )
-                    return replace(self._verdict("failed", reason, errors), notes=verdict.notes)
-            done += branch in self._left
-        coverage = replace(self.coverage, forced=done, unreached=tuple(unreached))
-        self.coverage = coverage
-        told = (f"no input reached {', '.join(unreached)}, so nothing there was compared",) if unreached else ()
-        return replace(verdict, coverage=coverage, notes=(*verdict.notes, *told))
+        serves = partial(self._serves, fidelity=fidelity)
+        found = self._forced.compare(candidate, self.execute, serves, self.tolerance, fidelity, narrower)
+        if found.wrong:
+            return replace(self._verdict("failed", found.wrong, found.errors), notes=verdict.notes)
+        self.coverage = replace(self.coverage, forced=found.done, unreached=found.unreached)
+        names = ", ".join(found.unreached)
+        told = (f"no input reached {names}, so nothing there was compared",) if names else ()
+        return replace(verdict, coverage=self.coverage, notes=(*verdict.notes, *told))
 
     def _cover(self) -> None:
         """Say on what verdicts rest."""
