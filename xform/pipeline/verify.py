@@ -19,12 +19,12 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from xform.errors import LimitError
 from xform.graph.check import Interface
 from xform.pipeline.branches import Branch, Watch, attempts, branches, in_words
+from xform.pipeline.coverage import has_numbers, informative, with_sets
 from xform.pipeline.forced_branches import ForcedBranches
 from xform.pipeline.judge import Judge
 from xform.pipeline.optional_sets import PAST_LIMIT, OptionalSets
@@ -32,7 +32,7 @@ from xform.pipeline.oracle import CouldNotRunError, Oracle, Outputs
 from xform.pipeline.random_inputs import InputCase, candidate_cases, check_named, is_dynamic, required_inputs
 from xform.pipeline.reference import Execute, Reference, run_anywhere
 from xform.pipeline.stress import Stress
-from xform.pipeline.tolerance import UserTolerance, computed_in, is_float
+from xform.pipeline.tolerance import UserTolerance, computed_in
 from xform.pipeline.verdict import Coverage, OutputError, State, Verification
 from xform.rewrite.passes import Fidelity
 
@@ -205,8 +205,8 @@ class Verifier:
         compared = [reference for (_, reference), found in zip(chosen, results, strict=True) if found is not None]
         if (
             self._optional.any_left_out
-            and any(map(_has_numbers, self.references))
-            and not any(map(_has_numbers, compared))
+            and any(map(has_numbers, self.references))
+            and not any(map(has_numbers, compared))
         ):
             return self._verdict("unverified", "all inputs but empty ones are past a limit", errors)
         if results and all(found is None for found in results):
@@ -262,7 +262,7 @@ class Verifier:
         if len(self.cases) < wanted:
             self.notes.append(f"only {len(self.cases)} of {wanted} input sets could be compared")
         self._stress(reference, kept)
-        if not self._informative():
+        if not informative(self.model, self.references):
             self.unverifiable = "every float output is NaN or infinite on the inputs tried, so nothing can be compared"
         else:
             self._branch_out(reference)
@@ -376,33 +376,7 @@ class Verifier:
     def _cover(self) -> None:
         """Say on what verdicts rest."""
         cases = [case for case in self.cases if not self._optional.dropped(case)]
-        sources = [case.source.partition(" ")[0] for case in cases]
-        numbers: dict[str, set[int]] = {}
-        for case in cases:
-            for symbol, size in case.sizes.items():
-                numbers.setdefault(symbol.lstrip("?"), set()).add(size)
-        self.coverage = replace(
-            self.coverage,
-            given=sources.count("given"),
-            derived=sources.count("derived"),
-            random=sources.count("random"),
-            cases=tuple(str(case) for case in cases),
-            sizes=tuple(f"{symbol}: {', '.join(map(str, sorted(found)))}" for symbol, found in numbers.items()),
-            masks=tuple(dict.fromkeys(style for case in cases for style in case.masks)),
-        )
-
-    def _informative(self) -> bool:
-        """Whether some output can tell right from wrong: a float output with a finite element, or any other output."""
-        floats = {v.name for v in self.model.graph.outputs if v.dtype is not None and is_float(v.dtype)}
-        for reference in self.references:
-            for name, array in reference.items():
-                if name not in floats or not isinstance(array, np.ndarray):
-                    return True
-                if np.isfinite(array).any():
-                    return True
-        return not self.model.graph.outputs or all(
-            array.size == 0 for reference in self.references for array in reference.values()
-        )
+        self.coverage = with_sets(self.coverage, cases)
 
     def _is_random(self) -> bool:
         """Whether the reference, run twice, disagrees with itself."""
@@ -419,11 +393,6 @@ class Verifier:
             return False
         errors = self._judge.errors(case, first, second, "exact", excusable=False)
         return any(not error.agrees for error in errors)
-
-
-def _has_numbers(outputs: Outputs) -> bool:
-    """Whether there is anything to compare: a number, or what is no array."""
-    return any(not isinstance(value, np.ndarray) or value.size for value in outputs.values())
 
 
 def verify(
